@@ -14,6 +14,7 @@ import pathlib
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from routers import Experts, MoE, build_router, seeded
+from routers import MoE, seeded
 
 UNIT = "images"  # what examples/s counts
 SIZES = {  # model and budget; every entry has a flag of its own
@@ -177,3 +178,208 @@ def pick_shots(pool, shots, classes):
     support = torch.zeros_like(order, dtype=torch.bool)
     support[order[rank < shots]] = True
     return [(pool["image"][rows], pool["label"][rows]) for rows in (support, ~support)]
+
+
+# ---------------------------------------------------------------- images from files
+OFFICIAL = {  # name: where the official binary archive lies, and its md5
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
+}
+
+
+def download(name, root="data"):
+    """Fetch an official archive once, check its md5, and unpack its .bin files alone; returns their folder."""
+    url, md5 = OFFICIAL[name]
+    folder = pathlib.Path(root, name)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    archive = folder.with_suffix(".tar.gz")
+    part = folder.with_suffix(".part")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply, open(archive, "wb") as file:
+            size, seen, digest = int(reply.headers.get("Content-Length") or 0), 0, hashlib.md5()
+            with tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
+                while block := reply.read(1 << 16):
+                    file.write(block)
+                    digest.update(block)
+                    seen += len(block)
+                    bar.update(len(block))
+        if size and seen != size:
+            raise ValueError(f"the download of {url} broke off at {seen} of {size} bytes and was deleted")
+        if digest.hexdigest() != md5:
+            raise ValueError(f"{url} has md5 {digest.hexdigest()}, not {md5}; the download was deleted")
+        part.mkdir(exist_ok=True)
+        with tarfile.open(archive) as members:
+            for member in members:  # a member's path is never trusted: only its last part names the file
+                if member.isfile() and member.name.endswith(".bin"):
+                    (part / pathlib.PurePosixPath(member.name).name).write_bytes(members.extractfile(member).read())
+        os.replace(part, folder)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ValueError(f"cannot fetch {url}: {error}") from None
+    finally:
+        archive.unlink(missing_ok=True)
+    return folder
+
+
+def read_cifar(files):
+    """Images [N, 3, 32, 32] uint8, labels [N] and the class count of CIFAR .bin files; a size fits one layout only."""
+    images, labels, classes = [], [], None
+    for file in files:
+        raw = np.frombuffer(pathlib.Path(file).read_bytes(), np.uint8)
+        fine = 0 if file.name.endswith(("_batch.bin",)) or file.name.startswith("data_batch") else 1
+        record, classes = 3073 + fine, 100 if fine else 10
+        if not len(raw) or len(raw) % record:
+            raise ValueError(f"{file} holds {len(raw)} bytes, not a whole number of records of {record} bytes")
+        raw = raw.reshape(-1, record)
+        images.append(raw[:, fine + 1 :].reshape(-1, 3, 32, 32))
+        labels.append(raw[:, fine])
+    images, labels = np.concatenate(images), np.concatenate(labels)
+    if labels.max() >= classes:
+        raise ValueError(f"{files[0].parent} has a label {labels.max()}; labels of this layout are below {classes}")
+    return images, labels.astype(np.int64), classes
+
+
+def read_npz(path):
+    """x_train, y_train, x_test, y_test of an .npz as (images, labels) twice and the class count; never a pickle."""
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive]
+            if missing:
+                raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(keys)}")
+            x_train, y_train, x_test, y_test = (archive[key] for key in keys)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    parts = []
+    for key, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or x.shape[1] != x.shape[2] or not len(x):
+            raise ValueError(f"{path}: x_{key} must be square uint8 images [N, S, S, 3], got {x.dtype} {list(x.shape)}")
+        y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
+        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"{path}: y_{key} must be {len(x)} whole numbers, got {y.dtype} {list(y.shape)}")
+        parts.append((x.transpose(0, 3, 1, 2), y.astype(np.int64)))
+    classes = int(parts[0][1].max()) + 1
+    for _, y in parts:
+        if y.min() < 0 or y.max() >= classes:
+            raise ValueError(f"{path} has labels out of range: {y.min()} to {y.max()}, but training knows 0 to {classes - 1}")
+    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        raise ValueError(f"{path}: training and test images differ in size")
+    return *parts, classes
+
+
+class Stored:
+    """Images from a CIFAR folder or an .npz. A tenth of the training part is the validation split, the same for all seeds."""
+
+    def __init__(self, args, device):
+        path = pathlib.Path(download(args.data) if args.data in OFFICIAL else args.data)
+        if not path.exists():
+            raise ValueError(f"no such data: {path}")
+        if path.suffix == ".npz":
+            train, test, count = read_npz(path)
+        else:
+            files = sorted(path.glob("data_batch_*.bin")) or [path / "train.bin"]
+            held = [path / ("test.bin" if files[0].name == "train.bin" else "test_batch.bin")]
+            for file in files + held:
+                if not file.is_file():
+                    raise ValueError(f"{path} lacks {file.name}; it needs data_batch_*.bin and test_batch.bin, or train.bin and test.bin")
+            *train, count = read_cifar(files)
+            *test, _ = read_cifar(held)
+        known = count - round(count * 0.2) if args.few_shot else count
+        self.seed, self.batch_size, self.patch, self.device = args.seed, args.batch_size, args.patch, device
+        self.classes, self.few_shot_classes = range(known), range(known, count)
+        order = torch.randperm(len(train[0]), generator=seeded("validation split"))
+        images, labels = torch.from_numpy(np.ascontiguousarray(train[0]))[order], torch.from_numpy(train[1])[order]
+        tenth = len(images) // 10
+        test = torch.from_numpy(np.ascontiguousarray(test[0])), torch.from_numpy(test[1])
+        keep = lambda x, y: (x[y < known], y[y < known])
+        self.parts = {"train": keep(images[tenth:], labels[tenth:]), "validation": keep(images[:tenth], labels[:tenth]), "test": keep(*test)}
+        self.pool = torch.cat([images, test[0]])[torch.cat([labels, test[1]]) >= known], torch.cat([labels, test[1]])
+        self.pool = self.pool[0], self.pool[1][self.pool[1] >= known] - known
+        for name, (_, y) in self.parts.items():
+            if not len(y):
+                raise ValueError(f"{path}: the {name} part is empty")
+        if self.batch_size > len(self.parts["train"][1]):
+            raise ValueError(f"--batch-size {self.batch_size} is larger than the data: {len(self.parts['train'][1])} training images")
+        pixels = self.parts["train"][0].float() / 255
+        self.mean, self.std = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None] + 1e-5
+        self.image_size = pixels.shape[-1]
+        self.about = f"{path.name}: " + ", ".join(f"{len(y)} {name}" for name, (_, y) in self.parts.items()) + f" images, {known} classes"
+
+    def ready(self, image, label):
+        return {"image": ((image.float() / 255 - self.mean) / self.std).to(self.device), "label": label.to(self.device)}
+
+    def batch(self, step, part=slice(None)):
+        """Epoch by epoch in a fresh order; each image cropped after padding by an eighth, and flipped in half the cases."""
+        image, label = self.parts["train"]
+        place = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        order = {int(e): torch.randperm(len(label), generator=seeded(self.seed, "epoch", int(e))) for e in (place // len(label)).unique()}
+        rows = torch.stack([order[int(p) // len(label)][p % len(label)] for p in place])
+        S, pad, g = self.image_size, self.image_size // 8, seeded(self.seed, "augment", step)
+        shift = torch.randint(2 * pad + 1, (len(rows), 2), generator=g)
+        flip = torch.rand(len(rows), generator=g) < 0.5
+        rows, shift, flip = rows[part], shift[part], flip[part]
+        y, x = shift[:, :1] + torch.arange(S), shift[:, 1:] + torch.arange(S)  # [B, S]
+        x = torch.where(flip[:, None], x.flip(1), x)
+        padded = F.pad(image[rows], (pad,) * 4)
+        cropped = padded[torch.arange(len(rows))[:, None, None, None], torch.arange(3)[:, None, None], y[:, None, :, None], x[:, None, None, :]]
+        return self.ready(cropped, label[rows])
+
+    def split(self, name):
+        image, label = self.parts[name]
+        return (self.ready(image[i : i + 256], label[i : i + 256]) for i in range(0, len(label), 256))
+
+    def probe(self, draw, shots=10):
+        """A draw of the few-shot probe from the held-out classes (--few-shot): at most 1024 images."""
+        order = torch.randperm(len(self.pool[1]), generator=seeded(self.seed, "probe", draw))[:1024]
+        return pick_shots(self.ready(self.pool[0][order], self.pool[1][order]), shots, len(self.few_shot_classes))
+
+
+# ---------------------------------------------------------------- the few-shot probe
+def ridge_accuracy(support, query):
+    """Accuracy of closed-form ridge regression from (features [N, D], labels [N]) to the same for queries (V-MoE).
+
+    Features are standardised by the support set, with a constant appended; targets are -1 and 1. The penalty, of
+    2^-10 .. 2^19, is the one with the least leave-one-out error on the support set: residual / (1 - leverage).
+    Differs: V-MoE chooses the penalty on the query sets.
+    """
+    (x, y), (z, truth) = support, query
+    mean, std = x.double().mean(0), x.double().std(0) + 1e-5
+    x, z = (F.pad((f.double() - mean) / std, (0, 1), value=100.0) for f in (x, z))
+    targets = F.one_hot(y).double() * 2 - 1
+    value, vector = torch.linalg.eigh(x @ x.T)  # [N], [N, N]
+
+    def fitted(penalty):
+        hat = vector * (value / (value + penalty)) @ vector.T
+        return ((targets - hat @ targets) / (1 - hat.diagonal()[:, None])).square().sum()
+
+    penalty = min((2.0**i for i in range(-10, 20)), key=lambda p: float(fitted(p)))
+    scores = z @ (x.T @ (vector / (value + penalty) @ (vector.T @ targets)))
+    return (scores.argmax(1) == truth).double().mean().item()
+
+
+@torch.no_grad()
+def report(model, untrained, data, draws=5):
+    """10-shot accuracy in % on held-out classes, [mean, spread] over draws, of the model, the untrained one, raw pixels."""
+    if not len(data.few_shot_classes):
+        return {}
+    readers = {"few_shot": lambda x: model.features(x)[0], "few_shot_untrained": lambda x: untrained.features(x)[0], "few_shot_pixels": lambda x: x.flatten(1)}
+    accuracy = {name: [] for name in readers}
+    for draw in range(draws):
+        support, query = data.probe(draw)
+        for name, read in readers.items():
+            features = lambda images: torch.cat([read(part) for part in images.split(256)]).cpu()
+            accuracy[name].append(100 * ridge_accuracy((features(support[0]), support[1].cpu()), (features(query[0]), query[1].cpu())))
+    return {name: [float(np.mean(a)), float(np.std(a))] for name, a in accuracy.items()}
+
+
+def add_flags(parser):
+    group = parser.add_argument_group("images")
+    group.add_argument("--data", help="a CIFAR-layout folder, an .npz, cifar10 or cifar100 (fetched once); none: drawn on the fly")
+    group.add_argument("--patch", type=int, help="pixels along a patch")
+    group.add_argument("--few-shot", action="store_true", help="on stored images, hold out the last fifth of the classes for the probe")
+
+
+def load_data(args, device):
+    """The images these flags name. Raises ValueError for data that is missing, broken or too small."""
+    return Stored(args, device) if args.data else Drawn(args, device)

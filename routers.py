@@ -233,6 +233,7 @@ class Router(nn.Module):
     """
 
     chooses, causal = "experts", False
+    offers = ("z",)  # names of the losses in its routings
     defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0, weights="learned", gate="linear")
 
     def __init__(self, dim, num_experts, **options):
@@ -328,6 +329,7 @@ class TokenChoice(Router):
     """
 
     chooses = "tokens"
+    offers = ("importance", "load", "balance", "z")  # load in training with noise
     defaults = Router.defaults | dict(priority="token", renormalize=False, bias_rate=0.0)
 
     def __init__(self, dim, num_experts, **options):
@@ -460,7 +462,7 @@ class Soft(LazyModuleMixin, Router):
     the first call sets C = round(T*K*cf/E), at least 1, from its T. Never causal.
     """
 
-    chooses = "soft"
+    chooses, offers = "soft", ()
     defaults = dict(top_k=1, capacity_factor=1.0, slots=None)
 
     def __init__(self, dim, num_experts, **options):
@@ -493,8 +495,8 @@ class Hash(TokenChoice):
     key mod E. Without keys, the position is the key. Nothing is learned, and nothing can leak.
     """
 
+    causal, offers = True, ()
     defaults = dict(top_k=1, capacity_factor=1.0, num_keys=4096)
-    causal = True
 
     def __init__(self, dim, num_experts, **options):
         Router.__init__(self, dim, num_experts, **options)
