@@ -26,7 +26,7 @@ from routers import MoE, seeded
 
 UNIT = "images"  # what examples/s counts
 SIZES = {  # model and budget; every entry has a flag of its own
-    "tiny": dict(dim=64, depth=4, heads=4, hidden=256, patch=4, experts=8, steps=600, batch_size=128, lr=3e-3),
+    "tiny": dict(dim=64, depth=4, heads=4, hidden=256, patch=4, experts=8, steps=500, batch_size=128, lr=3e-3),
     "small": dict(dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32, steps=10_000, batch_size=512, lr=1e-3),
     "base": dict(dim=768, depth=12, heads=12, hidden=3072, patch=4, experts=32, steps=10_000, batch_size=512, lr=8e-4),
 }
@@ -95,7 +95,7 @@ def loss(model, batch):
     """Cross-entropy, {metric: sum over the batch}, and the routings."""
     logits, routings = model(batch["image"])
     right = (logits.argmax(-1) == batch["label"]).sum()
-    return F.cross_entropy(logits.float(), batch["label"]), {"top1": right}, routings
+    return F.cross_entropy(logits, batch["label"]), {"top1": right}, routings
 
 
 # ---------------------------------------------------------------- images drawn on the fly
@@ -143,7 +143,7 @@ class Drawn:
         spread = lambda i, low, high: (low + (high - low) * number[:, i])[:, None, None]  # [B, 1, 1]
         axis = torch.arange(32, device=label.device) / 15.5 - 1
         angle, size = spread(0, -math.pi / 12, math.pi / 12), spread(1, 0.7, 0.95)
-        y, x = axis[:, None] - spread(2, -0.2, 0.2), axis - spread(3, -0.2, 0.2)  # [B, 32, 1], [B, 1, 32]
+        y, x = axis[:, None] - spread(2, -0.3, 0.3), axis - spread(3, -0.3, 0.3)  # [B, 32, 1], [B, 1, 32]
         u, v = (angle.cos() * x + angle.sin() * y) / size, (angle.cos() * y - angle.sin() * x) / size  # [B, 32, 32]
         r, polar = (u * u + v * v).sqrt(), torch.atan2(u, -v)
         every = torch.arange(len(label), device=label.device)
@@ -153,7 +153,7 @@ class Drawn:
                             for texture in TEXTURES.values()])[pair[:, 1], every]
         ground, colour = number[:, 6:9] * 0.5, number[:, 9:12] * 0.5 + 0.5  # [B, 3], the shape brighter than the ground
         filled = colour[..., None, None] * (1 + wave[:, None] / 3)  # [B, 3, 32, 32]
-        image = torch.where(inside[:, None], filled, ground[..., None, None]) + 0.1 * noise
+        image = torch.where(inside[:, None], filled, ground[..., None, None]) + 0.2 * noise
         covered = F.avg_pool2d(inside[:, None].float(), self.patch).flatten(1)  # [B, T], share of the patch
         kind = (covered > 0).long() + (covered == 1).long()
         return {"image": (image - 0.5) * 4, "label": label, "kind": kind, "pair": pair}

@@ -341,8 +341,7 @@ class TokenChoice(Router):
     def causal(self):
         """In a queue by position no later token takes a seat; nor does one where nobody is dropped."""
         o = self.options
-        return type(self).scores is Router.scores and (
-            o.priority == "token" or o.capacity_factor is None or (o.priority == "choice" and o.top_k == 1))
+        return o.priority == "token" or o.capacity_factor is None or (o.priority == "choice" and o.top_k == 1)
 
     def route(self, x, key=None):
         logits, noisy = self.logits(x)
@@ -400,6 +399,7 @@ class ExpertChoice(Router):
 class Sinkhorn:
     """Scores from a Sinkhorn plan of the noisy logits; the outputs are weighed by the softmax, or by the plan."""
 
+    causal = False  # a plan balances over all tokens
     extra = dict(iterations=20, combine="softmax")
 
     def scores(self, logits, noisy):

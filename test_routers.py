@@ -5,18 +5,32 @@ parametrised over ROUTERS, or by @each, tests a router that you add as it is; fo
 and its slow twin (SLOW).
 """
 import copy
+import hashlib
+import http.server
 import importlib.util
+import io
 import itertools
+import json
 import math
+import os
+import pathlib
 import random
 import re
+import subprocess
+import sys
+import tarfile
+import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import moe_vision
 import routers
+import train
 from routers import (ROUTERS, Experts, MoE, Routing, balance_loss, build_router, importance_loss, load_loss, project, queue,
                      seeded, sinkhorn_plan, sparse_plan, top, z_loss)
 
@@ -879,3 +893,372 @@ def test_identical_experts_give_one_ffn_times_the_sum_of_the_kept_gates(name, op
     same(y, routing.mass().sum(-1, keepdim=True) * slow_expert(moe.experts, 0, x))
     assert all(torch.equal(weight[0], weight[3]) for weight in moe.experts.parameters())
     assert not any(torch.equal(weight[0], weight[1]) for weight in layer(name, x, 4, **options).experts.parameters())
+
+
+# ---------------------------------------------------------------- train.py and moe_vision.py
+SMALL = "--dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --patch 8 --batch-size 8 --steps 3 --log-every 1".split()
+
+
+def run(*flags):
+    return train.main([str(flag) for flag in flags])
+
+
+def refused(capsys, *flags):
+    """What the one line of an error says; status 2, and no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and said[-1].startswith("train.py: error: ")
+    return said[-1]
+
+
+def weights_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def write_cifar(folder, files=("data_batch_1.bin", "test_batch.bin"), count=40, label=lambda i: i % 10, fine=False):
+    """A folder in the CIFAR layout whose pixels are random bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3072), np.uint8)
+    for file in files:
+        rows = [bytes([0] * fine + [label(i)]) + row.tobytes() for i, row in enumerate(pixels)]
+        (folder / file).write_bytes(b"".join(rows))
+    return pixels
+
+
+def write_npz(path, **changed):
+    x, y = np.zeros((20, 16, 16, 3), np.uint8), np.arange(20) % 4
+    arrays = dict(x_train=x, y_train=y, x_test=x, y_test=y) | changed
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(tmp_path, capsys):
+    for name in ("a", "b"):
+        assert run(*SMALL, "--router", "token_choice", "--out", tmp_path / name) == 0
+    table = capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 3, 3] and {"loss", "importance", "load", "blocks"} <= set(lines[0])
+    assert [line.get("split") for line in lines[3:]] == ["validation", "test", "test_dropless"]
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["test"] == {k: v for k, v in lines[4].items() if k not in ("step", "split")}
+    assert run("--eval", tmp_path / "b") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == table
+
+
+def test_another_seed_gives_other_data_and_weights(tmp_path):
+    runs = [train.build(train.parse([*SMALL, "--seed", seed, "--moe-blocks", "1"])[1]) for seed in ("0", "1")]
+    (_, _, data, model, _), (_, _, other_data, other_model, _) = runs
+    assert not torch.equal(data.batch(0)["image"], other_data.batch(0)["image"])
+    assert not torch.equal(model.embed.weight, other_model.embed.weight)
+
+
+@pytest.mark.parametrize("flags, rule", [
+    ("--router expert", "unknown router 'expert'; known: dense, token_choice"), ("--top-k 9", "top_k must be at most num_experts=8, got top_k=9"),
+    ("--router dense --top-k 9", "--top-k must be at most --experts 8, got 9"),
+    ("--experts 0", "--experts: must be a whole number >= 1, got 0"), ("--experts x", "--experts: invalid whole number value: 'x'"),
+    ("--capacity-factor 0", "must be a positive number, got 0"), ("--capacity-factor -1", "must be a positive number, got -1"),
+    ("--capacity-factor nan", "must be a positive number, got nan"), ("--capacity-factor much", "invalid number value: 'much'"),
+    ("--capacity-factor none", "capacity_factor=None (dropless) is for routers in which tokens choose"),
+    ("--heads 3", "--heads must divide --dim, got --heads 3 and --dim 64"), ("--patch 5", "--patch must divide the image size, got --patch 5"),
+    ("--router soft --priority gate", "--priority is no option of --router soft; it has"),
+    ("--router dense --capacity-factor 2", "--capacity-factor is no option of --router dense"),
+    ("--slots 2", "--slots is no option of --router expert_choice"), ("--router hash --router-weights frozen", "--router-weights is no option"),
+    ("--balance switch", "--router expert_choice offers no balance loss; it offers z"), ("--balance bias", "--balance bias is for routers in which"),
+    ("--router hash --z-loss 1", "offers no z loss"), ("--data nowhere", "no such data: nowhere"), ("--steps 0", "must be a whole number >= 1, got 0"),
+    ("--steps 1.5", "--steps: invalid whole number value: '1.5'"), ("--lr 0", "must be a positive number, got 0"),
+    ("--lr -1", "must be a positive number, got -1"), ("--lr inf", "must be a positive number, got inf"), ("--lr fast", "invalid number value: 'fast'"),
+    ("--moe-blocks 4", "--moe-blocks must name blocks from 0 to 3, got [4]"), ("--moe-blocks a", "--moe-blocks: invalid list such as 1,3 value"),
+    ("--grad-accum 3", "--grad-accum must divide --batch-size 128, got 3"), ("--warmup 1", "must be a share from 0 up to 1"),
+    ("--router token_choice --renormalize", "renormalize needs top_k >= 2"), ("--size huge", "argument --size: invalid choice: 'huge'"),
+    ("--eval nowhere", "nowhere is no finished run: config.json is missing"), ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
+    ("--router token_choice --noise-std -1", "must be a number >= 0, got -1")])
+def test_a_wrong_flag_gets_one_line_that_names_the_rule_and_the_value(flags, rule, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert rule in refused(capsys, *flags.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    assert "--device cuda: this machine has none; there is cpu" in refused(capsys, "--device", "cuda")
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused(capsys, *SMALL, "--out", tmp_path / "file")
+    assert "is not empty; choose another or say --overwrite" in refused(capsys, *SMALL, "--out", tmp_path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_broken_image_files_are_refused(tmp_path, capsys):
+    def said(data, *flags):
+        return refused(capsys, *SMALL, "--data", data, *flags)
+
+    (tmp_path / "empty").mkdir()
+    assert "lacks train.bin; it needs data_batch_*.bin and test_batch.bin, or" in said(tmp_path / "empty")
+    write_cifar(tmp_path / "half")
+    file = tmp_path / "half/data_batch_1.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "not a whole number of records of 3073 bytes" in said(tmp_path / "half")
+    file.write_bytes(b"")
+    assert "holds 0 bytes" in said(tmp_path / "half")
+    write_cifar(tmp_path / "labels", label=lambda i: 10 if i == 7 else 1)
+    assert "has a label 10; labels of this layout are below 10" in said(tmp_path / "labels")
+    write_cifar(tmp_path / "few")
+    assert "--batch-size 99 is larger than the data: 36 training images" in said(tmp_path / "few", "--batch-size", "99")
+    npz = tmp_path / "x.npz"
+    assert "lacks y_test" in said(write_npz(npz, y_test=None))
+    assert "x_train must be square uint8 images [N, S, S, 3], got float32" in said(write_npz(npz, x_train=np.zeros((20, 16, 16, 3), np.float32)))
+    assert "y_train must be 20 whole numbers, got float64" in said(write_npz(npz, y_train=np.zeros(20)))
+    assert "labels out of range: 0 to 4, but training knows 0 to 3" in said(write_npz(npz, y_test=np.arange(20) % 5))
+    assert "labels out of range: -1" in said(write_npz(npz, y_train=np.arange(20) % 5 - 1))
+    npz.write_bytes(npz.read_bytes()[:-50])
+    assert "cannot read" in said(npz)
+
+
+def test_a_pickle_inside_an_npz_is_not_opened(tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    path = write_npz(tmp_path / "x.npz", y_train=np.array([Bomb()], object))
+    assert "allow_pickle" in refused(capsys, *SMALL, "--data", path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("files, fine", [(("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin"), False), (("train.bin", "test.bin"), True)])
+def test_cifar_files_are_read_whole_and_trained_on(files, fine, tmp_path):
+    pixels = write_cifar(tmp_path / "data", files, fine=fine, label=lambda i: i % 7)
+    images, labels, classes = moe_vision.read_cifar([tmp_path / "data" / file for file in files[:-1]])
+    assert classes == (100 if fine else 10) and len(images) == 40 * (len(files) - 1)
+    assert (images[:40].reshape(40, -1) == pixels).all() and (labels[:40] == np.arange(40) % 7).all()
+    assert run(*SMALL, "--data", tmp_path / "data", "--out", tmp_path / "run") == 0
+
+
+def test_the_validation_split_is_a_tenth_and_apart_from_training_and_test(tmp_path):
+    write_cifar(tmp_path, count=50)
+    (tmp_path / "test_batch.bin").write_bytes(b"\1" + b"\7" * 3072)
+    data = moe_vision.load_data(SimpleNamespace(data=str(tmp_path), few_shot=False, seed=0, batch_size=4, patch=4), "cpu")
+    sizes = {name: len(labels) for name, (_, labels) in data.parts.items()}
+    assert sizes == {"train": 45, "validation": 5, "test": 1}
+    both = torch.cat([data.parts["train"][0], data.parts["validation"][0]]).flatten(1)
+    assert len(both.unique(dim=0)) == 50
+
+
+def test_an_epoch_of_stored_images_meets_each_once_cropped_or_flipped_on_its_own(tmp_path):
+    count = 40
+    write_cifar(tmp_path, count=count, label=lambda i: i % 10)
+    data = moe_vision.load_data(SimpleNamespace(data=str(tmp_path), few_shot=False, seed=0, batch_size=9, patch=4), "cpu")
+    data.parts["train"] = data.parts["train"][0], torch.arange(36)  # name each image by its number
+    seen = torch.cat([data.batch(step)["label"] for step in range(4)])
+    assert seen.sort().values.tolist() == list(range(36))
+    whole, part = data.batch(2), data.batch(2, part=slice(3, 7))
+    assert torch.equal(whole["image"][3:7], part["image"]) and torch.equal(whole["label"][3:7], part["label"])
+    original = data.ready(*data.parts["train"])["image"]
+    for image, label in zip(whole["image"], whole["label"]):
+        padded = F.pad(data.parts["train"][0][label], (4,) * 4)
+        crops = torch.stack([padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)])
+        crops = data.ready(torch.cat([crops, crops.flip(-1)]), torch.zeros(162))["image"]
+        assert (crops == image).flatten(1).all(1).any()
+    assert not torch.equal(whole["image"], original[whole["label"]])
+
+
+def test_few_shot_on_files_keeps_the_last_fifth_of_the_classes_from_training(tmp_path):
+    write_cifar(tmp_path, count=200)
+    args = SimpleNamespace(data=str(tmp_path), few_shot=True, seed=0, batch_size=4, patch=4)
+    data = moe_vision.load_data(args, "cpu")
+    assert all((labels < 8).all() for _, labels in data.parts.values()) and list(data.few_shot_classes) == [8, 9]
+    (_, support), (_, query) = data.probe(0)
+    assert support.bincount().tolist() == [10, 10] and len(query) == 80 - 20
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Serve an archive on 127.0.0.1 as CIFAR-10; served(bytes, md5, length) sets what comes."""
+    answer = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(answer["length"]))
+            self.end_headers()
+            self.wfile.write(answer["body"])
+
+        def log_message(self, *_):
+            pass
+
+    def serve(body, md5=None, length=None):
+        answer.update(body=body, length=length or len(body))
+        url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
+        monkeypatch.setitem(moe_vision.OFFICIAL, "cifar10", (url, md5 or hashlib.md5(body).hexdigest()))
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    yield serve
+    server.shutdown()
+    server.server_close()
+
+
+def archive(folder, *extra):
+    write_cifar(folder, count=20)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, f"cifar-10-batches-bin/{file.name}")
+        for name in extra:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+        link = tarfile.TarInfo("cifar-10-batches-bin/link.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    return packed.getvalue()
+
+
+def test_the_official_archive_is_fetched_once_checked_and_unpacked_inside_its_folder(served, tmp_path):
+    served(archive(tmp_path / "source", "../../escaped.bin", "/absolute.bin"))
+    folder = moe_vision.download("cifar10")
+    assert {file.name for file in folder.iterdir()} == {"data_batch_1.bin", "test_batch.bin", "escaped.bin", "absolute.bin"}
+    assert {file.name for file in tmp_path.iterdir()} == {"data", "source"} and [f.name for f in (tmp_path / "data").iterdir()] == ["cifar10"]
+    served(b"not fetched again")
+    assert moe_vision.download("cifar10") == folder and run(*SMALL, "--data", "cifar10", "--out", "run") == 0
+
+
+def test_a_wrong_sum_or_half_a_download_is_deleted_and_reported(served, tmp_path, capsys):
+    body = archive(tmp_path / "source")
+    served(body, md5="0" * 32)
+    assert f"has md5 {hashlib.md5(body).hexdigest()}, not {'0' * 32}; the download was deleted" in refused(capsys, "--data", "cifar10")
+    served(body, length=len(body) + 100)
+    assert "was deleted" in refused(capsys, "--data", "cifar10") or "cannot fetch" in refused(capsys, "--data", "cifar10")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
+    data = moe_vision.Drawn(SimpleNamespace(seed=0, batch_size=64, patch=4), "cpu")
+    batch = data.batch(3)
+    assert [list(batch[name].shape) for name in ("image", "label", "kind", "pair")] == [[64, 3, 32, 32], [64], [64, 64], [64, 2]]
+    assert [moe_vision.TRAINED[label] for label in batch["label"]] == [tuple(pair) for pair in batch["pair"].tolist()]
+    assert not set(moe_vision.TRAINED) & set(moe_vision.HELD_OUT) and len(moe_vision.PAIRS) == 24
+    assert {s for s, _ in moe_vision.TRAINED} == set(range(6)) and {t for _, t in moe_vision.TRAINED} == set(range(4))
+    brightness = F.avg_pool2d(batch["image"].mean(1, keepdim=True), 4).flatten(1)
+    ground = [brightness[i][batch["kind"][i] == 0].mean() for i in range(64)]
+    inside = [brightness[i][batch["kind"][i] == 2].mean() for i in range(64) if (batch["kind"][i] == 2).any()]
+    assert sum(inside) / len(inside) > sum(ground) / 64 + 1  # the shape is brighter, so the map lies where the shape is
+    part = data.batch(3, part=slice(10, 20))
+    assert all(torch.equal(part[name], batch[name][10:20]) for name in batch)
+    assert not torch.equal(batch["image"], data.batch(4)["image"])
+
+
+def test_the_patch_map_is_the_share_of_shape_in_each_patch():
+    data = moe_vision.Drawn(SimpleNamespace(seed=0, batch_size=1, patch=4), "cpu")
+    number = torch.full((1, 12), 0.5)
+    number[:, 6:9], number[:, 9:] = 0.0, 1.0  # black ground, white shape
+    square = list(moe_vision.SHAPES).index("square")
+    drawn = data.render(torch.tensor([[square, 0]]), torch.tensor([0]), number, torch.zeros(1, 1, 32, 32))
+    shape = (drawn["image"][0, 0] > -2).view(8, 4, 8, 4).float().mean((1, 3))  # [8, 8] patches; black is (0 - 0.5) * 4
+    assert torch.equal(drawn["kind"].view(8, 8), (shape > 0).long() + (shape == 1).long()) and set(drawn["kind"].flatten().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("router", ["dense", "expert_choice", "soft"])
+def test_gflops_are_the_forward_products_of_one_image(router):
+    _, args = train.parse([*SMALL, "--router", router, "--top-k", "2"])
+    train.check(args)
+    D, H, T, E, out = 16, 32, 16, 4, 18
+    block = T * D * 3 * D + 2 * T * T * D + T * D * D  # qkv, the two attention products, the projection
+    mixing = {"dense": 0, "expert_choice": T * D * E, "soft": 3 * T * D * 2 * T}[router]  # gate; phi, dispatch and combine
+    products = T * 3 * 64 * D + 2 * block + T * 2 * D * H + 2 * T * 2 * D * H + mixing + D * out
+    assert train.build(args)[-1] == pytest.approx(2 * products / 1e9, rel=1e-9)
+
+
+def test_active_parameters_leave_out_the_experts_a_token_does_not_meet():
+    _, args = train.parse([*SMALL, "--router", "token_choice"])
+    train.check(args)
+    model = train.build(args)[3]
+    total, active = train.parameters(model)
+    assert total == sum(p.numel() for p in model.parameters()) and total - active == 0.75 * 4 * (2 * 16 * 32 + 16 + 32)
+
+
+def test_no_decay_on_norms_biases_positions_and_routers():
+    _, args = train.parse([*SMALL, "--router", "token_choice"])
+    train.check(args)
+    model = train.build(args)[3]
+    decayed, free = (group["params"] for group in train.make_optimizer(args, model, torch.device("cpu")).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(names) == len(decayed) + len(free)
+    assert all(any(word in names[id(p)] for word in ("norm", "bias", "position", "router", ".b1", ".b2")) for p in free)
+    assert not any(any(word in names[id(p)] for word in ("norm", "bias", "position", "router", ".b1", ".b2")) for p in decayed)
+
+
+def test_a_batch_in_parts_takes_the_step_of_the_whole_batch():
+    moved = []
+    for parts in ("1", "4"):
+        _, args = train.parse([*SMALL, "--router", "token_choice", "--noise-std", "0", "--balance", "switch", "--grad-accum", parts])
+        train.check(args)
+        device, task, data, model, _ = train.build(args)
+        model, optimizer = model.double(), train.make_optimizer(args, model, device)
+        batch = data.batch
+        data.batch = lambda step, part: {k: v.double() if v.is_floating_point() else v for k, v in batch(step, part=part).items()}
+        logged, _ = train.train_step(args, task, model, optimizer, data, 0, device)
+        moved.append([float(logged[name]) for name in ("loss", "balance", "top1", "grad_norm")] + [torch.cat([p.flatten() for p in model.parameters()])])
+    assert moved[0][:4] == pytest.approx(moved[1][:4], rel=1e-9) and torch.allclose(moved[0][4], moved[1][4], atol=1e-7)
+
+
+def test_the_balance_weight_reaches_the_router_gradient():
+    slopes = []
+    for weight in ("0", "0.5"):
+        _, args = train.parse([*SMALL, "--router", "token_choice", "--balance", "switch", "--balance-weight", weight, "--clip", "1e9"])
+        train.check(args)
+        device, task, data, model, _ = train.build(args)
+        kept = []
+        train.moes(model)[0].router.gate.weight.register_hook(kept.append)
+        train.train_step(args, task, model, train.make_optimizer(args, model, device), data, 0, device)
+        slopes.append(kept[0])
+    assert (slopes[0] - slopes[1]).abs().max() > 1e-4
+
+
+def test_ctrl_c_says_how_far_it_came_and_keeps_the_weights(tmp_path, capsys, monkeypatch):
+    step = train.train_step
+
+    def interrupted(args, task, model, optimizer, data, number, device):
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(args, task, model, optimizer, data, number, device)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run(*SMALL, "--out", tmp_path / "run") == 130
+    assert "interrupted after 2 of 3 steps; weights so far are in" in capsys.readouterr().out
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 2 and not (tmp_path / "run/summary.json").exists()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert "is no finished run: summary.json is missing" in refused(capsys, "--eval", tmp_path / "run")
+
+
+def test_the_ridge_probe_picks_its_penalty_by_leaving_one_out():
+    x, z, rule = draw(24, 5), draw(200, 5, seed=1), draw(5, 3, seed=2)
+    y, truth = (x @ rule).argmax(1), (z @ rule).argmax(1)
+    mean, std = x.mean(0), x.std(0) + 1e-5
+    a, b = (torch.cat([(f - mean) / std, torch.full((len(f), 1), 100.0)], 1) for f in (x, z))
+    targets = F.one_hot(y).double() * 2 - 1
+    solve = lambda rows, penalty: torch.linalg.solve(a[rows].T @ a[rows] + penalty * torch.eye(6), a[rows].T @ targets[rows])
+    error = lambda penalty: sum(((a[i] @ solve([j for j in range(24) if j != i], penalty) - targets[i]) ** 2).sum() for i in range(24))
+    best = min((2.0**i for i in range(-10, 20)), key=error)
+    expected = ((b @ solve(list(range(24)), best)).argmax(1) == truth).double().mean().item()
+    assert moe_vision.ridge_accuracy((x, y), (z, truth)) == pytest.approx(expected) and 0.5 < expected < 1
+
+
+def test_readme_adds_a_router_that_flags_and_these_tests_pick_up(tmp_path):
+    root = pathlib.Path(__file__).parent
+    block = re.search(r"```python\n(class .*?ROUTERS\[\"(\w+)\"\].*?)```", (root / "README.md").read_text(), re.S)
+    assert len(block[1].splitlines()) <= 15
+    for name in ("moe_vision.py", "train.py", "test_routers.py", "README.md"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    (tmp_path / "routers.py").write_text((root / "routers.py").read_text() + "\n\n" + block[1])
+    python = lambda *words: subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    tests = python("-m", "pytest", "-q", "test_routers.py", "-k", f"{block[2]} and not readme")
+    assert tests.returncode == 0 and int(re.search(r"(\d+) passed", tests.stdout)[1]) >= 20, tests.stdout[-2000:]
+    option = re.search(r"dict\((\w+)=", block[1])[1]
+    trained = python("train.py", *SMALL, "--steps", "2", "--router", block[2], f"--{option}", "0.5", "--out", "run")
+    assert trained.returncode == 0 and block[2] in trained.stdout.splitlines()[-1], trained.stderr[-2000:]
