@@ -153,7 +153,7 @@ class Drawn:
                             for texture in TEXTURES.values()])[pair[:, 1], every]
         ground, colour = number[:, 6:9] * 0.5, number[:, 9:12] * 0.5 + 0.5  # [B, 3], the shape brighter than the ground
         filled = colour[..., None, None] * (1 + wave[:, None] / 3)  # [B, 3, 32, 32]
-        image = torch.where(inside[:, None], filled, ground[..., None, None]) + 0.2 * noise
+        image = torch.where(inside[:, None], filled, ground[..., None, None]) + 0.15 * noise
         covered = F.avg_pool2d(inside[:, None].float(), self.patch).flatten(1)  # [B, T], share of the patch
         kind = (covered > 0).long() + (covered == 1).long()
         return {"image": (image - 0.5) * 4, "label": label, "kind": kind, "pair": pair}

@@ -6,22 +6,10 @@ group, D width, E experts, C slots (the capacity) of one expert in one group, K 
     slots[g,e,c] = sum_t      dispatch[g,t,e,c] * x[g,t]                      what enters each slot
     y[g,t]       = sum_{e,c}  combine[g,t,e,c]  * expert_e(slots[g,e,c])      what comes back
 
-A router is a way to fill these two tensors. All but Soft MoE answer two small questions: how are the scores made
-(softmax, a Sinkhorn plan, a sparse plan), and who chooses by them (tokens choose experts, experts choose tokens).
-
-    router                        scores          chooses    source
-    token_choice                  softmax         tokens     Shazeer 1701.06538, V-MoE 2106.05974, Switch 2101.03961
-    sinkhorn_token_choice         Sinkhorn plan   tokens     S-BASE 2202.01169
-    sparse_token_choice           sparse plan     tokens     2209.15466
-    expert_choice                 softmax         experts    2202.09368
-    sinkhorn_expert_choice        Sinkhorn plan   experts    2401.15969
-    sparse_expert_choice          sparse plan     experts    2209.15466
-    soft                          two softmaxes   nobody     Soft MoE 2308.00951
-    hash                          none            a table    2106.04426
-    expert_threshold              softmax         threshold  2603.11535
-
-2401.15969 (Routers in Vision Mixture of Experts) compares token_choice, its Sinkhorn twin, the three expert choices
-and soft. "The published code" below is google-research/vmoe at commit 942a78b.
+A router is a way to fill these two tensors. All but Soft MoE and hash answer two small questions: how scores are made
+(softmax, Sinkhorn plan, sparse plan), and who chooses by them (tokens choose experts, or experts choose tokens).
+2401.15969 (Routers in Vision Mixture of Experts) compares TokenChoice, its Sinkhorn twin, the three expert choices and
+Soft. "As published" below means the code in google-research/vmoe at commit 942a78b.
 
 A hard routing is an index in truth (which token sits in slot [g,e,c]) and a gate per slot: dispatch is a gather,
 combine a weighted scatter, and nothing has size T^2. The tensors stay the definition; test_routers.py holds both
@@ -217,6 +205,7 @@ def z_loss(logits):
 # ---------------------------------------------------------------- routers
 CHOICES = {"priority": ("token", "choice", "gate"), "combine": ("softmax", "plan"), "gate": ("linear", "mlp"),
            "weights": ("learned", "frozen", "random", "self")}
+WHOLE = ("dim", "num_experts", "top_k", "iterations", "num_keys", "slots")
 
 
 class Router(nn.Module):
@@ -233,7 +222,7 @@ class Router(nn.Module):
     """
 
     chooses, causal = "experts", False
-    offers = ("z",)  # names of the losses in its routings
+    offers, slack = ("z",), 1  # names of the losses in its routings; slots it needs over the mean
     defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0, weights="learned", gate="linear")
 
     def __init__(self, dim, num_experts, **options):
@@ -241,11 +230,10 @@ class Router(nn.Module):
         self.dim, self.num_experts = dim, num_experts
         self.options = SimpleNamespace(**(self.defaults | options))
         self.check(dim=dim, num_experts=num_experts, **vars(self.options))
-        if self.options.__dict__.get("weights", "self") != "self":
-            layers = [nn.Linear(dim, num_experts, bias=False)]
+        if getattr(self.options, "weights", "self") != "self":
+            self.gate = nn.Linear(dim, num_experts, bias=False)
             if self.options.gate == "mlp":
-                layers = [nn.Linear(dim, dim, bias=False), nn.GELU(), *layers]
-            self.gate = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+                self.gate = nn.Sequential(nn.Linear(dim, dim, bias=False), nn.GELU(), self.gate)
             self.redraw(self.gate)
             self.gate.requires_grad_(self.options.weights == "learned")
             if self.options.weights == "random":
@@ -260,16 +248,17 @@ class Router(nn.Module):
         for name, value in values.items():
             if name in CHOICES:
                 need(value in CHOICES[name], f"{name} must be one of {', '.join(CHOICES[name])}", name)
-            if name in ("dim", "num_experts", "top_k", "iterations", "num_keys") or name == "slots" and value is not None:
+            if name in WHOLE and (name, value) != ("slots", None):
                 need(type(value) is int and value >= 1, f"{name} must be a whole number >= 1", name)
             if name in ("noise_std", "bias_rate"):
                 need(type(value) in (int, float) and 0 <= value < math.inf, f"{name} must be a number >= 0", name)
-        factor, tokens_choose = values["capacity_factor"], self.chooses == "tokens"
-        need(factor is not None or tokens_choose, "capacity_factor=None (dropless) is for routers in which tokens choose", "capacity_factor")
-        need(factor is None or type(factor) in (int, float) and 0 < factor < math.inf, "capacity_factor must be a positive number", "capacity_factor")
-        need(values["top_k"] <= values["num_experts"], f"top_k must be at most num_experts={values['num_experts']}", "top_k")
-        need(not values.get("renormalize") or values["top_k"] > 1, "renormalize needs top_k >= 2 (the only gate would always be 1)", "top_k")
-        need(values.get("weights") != "self" or values["num_experts"] <= values["dim"], f"weights='self' needs num_experts <= dim={values['dim']}", "num_experts")
+        E, K, cf = (values[name] for name in ("num_experts", "top_k", "capacity_factor"))
+        held = type(cf) in (int, float) and 0 < cf < math.inf
+        need(cf is None or held, "capacity_factor must be a positive number", "capacity_factor")
+        need(held or self.chooses == "tokens", "capacity_factor=None (dropless) is for routers in which tokens choose", "capacity_factor")
+        need(K <= E, f"top_k must be at most num_experts={E}", "top_k")
+        need(not values.get("renormalize") or K > 1, "renormalize needs top_k >= 2 (a lone gate would always be 1)", "top_k")
+        need(values.get("weights") != "self" or E <= self.dim, f"weights='self' needs num_experts <= dim={self.dim}", "num_experts")
 
     def redraw(self, gate, generator=None):
         """Fresh normal weights of standard deviation dim^-1/2: unit-variance logits for unit-variance tokens."""
@@ -279,24 +268,22 @@ class Router(nn.Module):
 
     def capacity(self, tokens):
         """Slots of one expert in a group of so many tokens: C = ceil(T*K*cf/E), at most T unless tokens choose."""
-        factor = self.options.capacity_factor
         if tokens < 1:
             raise ValueError(f"a group needs at least 1 token, got {tokens}")
-        if factor is None:
+        if self.options.capacity_factor is None:
             return None
-        C = math.ceil(tokens * self.options.top_k * factor / self.num_experts)
+        C = math.ceil(self.slack * tokens * self.options.top_k * self.options.capacity_factor / self.num_experts)
         return C if self.chooses == "tokens" else min(C, tokens)
 
     def logits(self, x):
         """Clean and noisy logits [G, T, E] of tokens x [G, T, D]; at least float32, whatever autocast says."""
-        options = self.options
+        weights, noise_std = self.options.weights, getattr(self.options, "noise_std", 0)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if options.weights == "self":
+            if weights == "self":
                 logits = x[..., : self.num_experts]
             else:
-                logits = (self.drawn if options.weights == "random" and self.training else self.gate)(x)
-            noise_std = getattr(options, "noise_std", 0)
+                logits = (self.drawn if weights == "random" and self.training else self.gate)(x)
             if not (self.training and noise_std):
                 return logits, logits
             return logits, logits + torch.randn_like(logits) * (noise_std / self.num_experts)
@@ -314,7 +301,7 @@ class Router(nn.Module):
     @torch.no_grad()
     def update(self, routings, generator=None):
         """Once per optimiser step, with the step's routings: whatever no gradient moves. Nothing else moves buffers."""
-        if self.options.__dict__.get("weights") == "random":
+        if getattr(self.options, "weights", None) == "random":
             self.redraw(self.drawn, generator)
 
 
@@ -376,7 +363,7 @@ class TokenChoice(Router):
     @torch.no_grad()
     def update(self, routings, generator=None):
         super().update(routings, generator)
-        if self.options.bias_rate:
+        if getattr(self.options, "bias_rate", 0):
             load = torch.stack([routing.load.to(self.bias) for routing in routings]).mean(0)
             self.bias += self.options.bias_rate * (1 / self.num_experts - load).sign()
             self.bias -= self.bias.mean()  # only differences choose
@@ -427,10 +414,6 @@ class Sparse(Sinkhorn):
         return plan, plan if self.options.combine == "plan" else gates
 
 
-def without(options, *names):
-    return {name: value for name, value in options.items() if name not in names}
-
-
 class SinkhornTokenChoice(Sinkhorn, TokenChoice):
     """Token choice by a Sinkhorn plan: an expert's column is balanced before anyone chooses (2202.01169, section 3)."""
 
@@ -440,7 +423,7 @@ class SinkhornTokenChoice(Sinkhorn, TokenChoice):
 class SparseTokenChoice(Sparse, TokenChoice):
     """Token choice by a plan in which a token has mass at no more than K experts (2209.15466; not in 2401.15969)."""
 
-    defaults = without(TokenChoice.defaults | Sparse.extra, "noise_std") 
+    defaults = {name: value for name, value in (TokenChoice.defaults | Sparse.extra).items() if name != "noise_std"}
 
 
 class SinkhornExpertChoice(Sinkhorn, ExpertChoice):
@@ -452,7 +435,7 @@ class SinkhornExpertChoice(Sinkhorn, ExpertChoice):
 class SparseExpertChoice(Sparse, ExpertChoice):
     """Expert choice by a plan in which an expert has mass at no more than C tokens (2209.15466, section 5)."""
 
-    defaults = without(ExpertChoice.defaults | Sparse.extra, "noise_std")
+    defaults = {name: value for name, value in (ExpertChoice.defaults | Sparse.extra).items() if name != "noise_std"}
 
 
 class Soft(LazyModuleMixin, Router):
@@ -473,8 +456,8 @@ class Soft(LazyModuleMixin, Router):
 
     def initialize_parameters(self, x=None, key=None):
         if self.has_uninitialized_params():
-            budget = lambda T: max(1, round(T * self.options.top_k * self.options.capacity_factor / self.num_experts))
-            C = self.options.slots or budget(x.shape[1])
+            o = self.options
+            C = o.slots or max(1, round(x.shape[1] * o.top_k * o.capacity_factor / self.num_experts))
             self.phi.materialize((self.dim, self.num_experts, C))
             nn.init.normal_(self.phi, std=self.dim**-0.5)
 
@@ -515,9 +498,6 @@ class Hash(TokenChoice):
         gate = torch.full((G, T, K), 1 / K, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         return self.seat(expert_index, gate, None, {})
 
-    def update(self, routings, generator=None):
-        """Nothing moves."""
-
 
 class ExpertThreshold(Router):
     """A token goes to every expert whose gate reaches that expert's threshold (2603.11535): causal expert choice.
@@ -528,15 +508,12 @@ class ExpertThreshold(Router):
     """
 
     chooses, causal = "threshold", True
-    decay = 0.9
+    decay, slack = 0.9, 2
 
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
         self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-
-    def capacity(self, tokens):
-        return min(tokens, math.ceil(2 * tokens * self.options.top_k * self.options.capacity_factor / self.num_experts))
 
     def route(self, x, key=None):
         logits, noisy = self.logits(x)
