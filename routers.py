@@ -257,7 +257,7 @@ class Router(nn.Module):
         need(cf is None or held, "capacity_factor must be a positive number", "capacity_factor")
         need(held or self.chooses == "tokens", "capacity_factor=None (dropless) is for routers in which tokens choose", "capacity_factor")
         need(K <= E, f"top_k must be at most num_experts={E}", "top_k")
-        need(not values.get("renormalize") or K > 1, "renormalize needs top_k >= 2 (a lone gate would always be 1)", "top_k")
+        need(not values.get("renormalize") or K > 1, "renormalize needs top_k >= 2 (the only gate would always be 1)", "top_k")
         need(values.get("weights") != "self" or E <= self.dim, f"weights='self' needs num_experts <= dim={self.dim}", "num_experts")
 
     def redraw(self, gate, generator=None):
