@@ -28,11 +28,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 # ---------------------------------------------------------------- the formulation
 class Routing:
-    """What a router decided: the two tensors, what to add to the loss, and statistics.
-
-    dispatch, combine [G, T, E, C]; load [E] is the share of all assignments that went to each expert, before any is
-    dropped; losses {name: scalar}, unweighted; `extras` (logits, expert_index, ...) become attributes.
-    """
+    """What a router decided: dispatch and combine [G, T, E, C], and beside them load [E], the share of all assignments
+    that went to each expert before drops; losses {name: scalar}, unweighted; `extras` (logits, ...) as attributes."""
 
     def __init__(self, dispatch, combine, load, losses=None, **extras):
         self._tensors, self.load, self.losses = (dispatch, combine), load, losses or {}
@@ -60,10 +57,9 @@ class Routing:
 
 
 class HardRouting(Routing):
-    """A routing that puts one token, or none, in a slot, kept as an index instead of two tensors.
+    """One token, or none, in a slot: index [G, E, C] names it, T where empty; gate [G, E, C] is its combine weight.
 
-    index [G, E, C] is the token in each slot, T where the slot is empty; gate [G, E, C] its combine weight, 0 where
-    empty. Slots lie expert by expert in memory, so that one batched product over E reads them without a copy.
+    Slots lie expert by expert in memory, so that one batched product over E reads them without a copy.
     """
 
     def __init__(self, index, gate, tokens, load, losses=None, **extras):
@@ -103,10 +99,9 @@ def top(scores, k, dim):
 
 
 def queue(wants, capacity):
-    """Let a queue pass before the experts: each takes the first `capacity` of those who want it.
+    """Each expert takes the first `capacity` (None: all) who want it, of N candidates in line; wants [G, N, E] is 0 or 1.
 
-    wants [G, N, E] holds 0 or 1 for N candidates in queue order; capacity None: as many slots as the longest queue
-    needs. Returns [G, E, C], the candidate's number, N where empty.
+    Returns the candidate's number for each slot, [G, E, C], N where empty.
     """
     G, N, E = wants.shape
     place = wants.cumsum(1)  # [G, N, E] from 1 on
@@ -122,9 +117,8 @@ def queue(wants, capacity):
 def sinkhorn_plan(logits, iterations=20):
     """Entropic optimal transport of tokens to experts: argmin_P <P, -logits> + sum P log P, rows 1, columns T/E.
 
-    logits [G, T, E] -> plan [G, T, E]. Tokens are scaled last, so rows are exact and columns nearly so. Sinkhorn's
-    iterations as in 2202.01169, section 3, and V-MoE's ot_routing.py; the gradient is that of the unrolled loop.
-    Differs: in the log domain, so that logits of any size neither overflow nor vanish.
+    logits [G, T, E] -> plan [G, T, E] (S-BASE 2202.01169). Tokens are scaled last, so rows are exact and columns nearly
+    so. Differs from the published code: in the log domain, so that no logits overflow; its gradient is the unrolled loop's.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -135,10 +129,7 @@ def sinkhorn_plan(logits, iterations=20):
 
 
 def project(z, k):
-    """Euclidean projection of each column z[g, :, e] on the simplex with at most k non-zeros; [G, T, E] -> same.
-
-    Keep the k largest, then Duchi's threshold among them (2209.15466, Table 1).
-    """
+    """Each column z[g, :, e] of [G, T, E] projected on the simplex with at most k non-zeros: its k largest less a threshold."""
     value, index = z.sort(dim=1, descending=True, stable=True)
     value, index = value[:, :k], index[:, :k]  # [G, k, E]
     rank = torch.arange(1, value.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
@@ -150,10 +141,9 @@ def project(z, k):
 def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
     """Optimal transport with at most k non-zeros a column: argmax_P <P, gates> - |P|^2 / 2 (2209.15466, semi-dual).
 
-    gates [G, T, E] -> plan [G, T, E]; columns sum to `column` (T/E if None) exactly, rows to E/T of it nearly, the
-    more so the more iterations. Adam on the semi-dual in alpha, one price per row, as the published code does; its
-    gradient there is row sums minus their target. A group stops once the norm of that gradient is below 1e-3.
-    Differs: the last projection is differentiable in the gates, where the published plan has no gradient at all.
+    gates [G, T, E] -> plan [G, T, E]; columns sum to `column` (T/E if None) exactly, rows to E/T of it roughly: Adam
+    moves alpha, one price a row, along the excess of its sum, and a group stops once that slope's norm is below 1e-3.
+    Differs: the last projection is differentiable in the gates; the published plan has no gradient at all.
     """
     G, T, E = gates.shape
     column = T / E if column is None else column
@@ -171,16 +161,16 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
 
 # ---------------------------------------------------------------- losses: scalars, means over groups
 def importance_loss(logits):
-    """Squared coefficient of variation of the experts' summed gates; logits [G, T, E], clean (V-MoE, eq. 8-9)."""
+    """Squared coefficient of variation of the experts' summed gates; logits [G, T, E], clean (V-MoE 2106.05974, app. A)."""
     importance = logits.softmax(-1).sum(1)  # [G, E]
     return (importance.var(1, correction=0) / importance.mean(1) ** 2).mean()
 
 
 def load_loss(logits, noisy_logits, top_k, noise_std):
-    """Squared coefficient of variation of each expert's chance to be chosen under fresh noise (V-MoE, eq. 10-12).
+    """Squared coefficient of variation of each expert's chance to be chosen under fresh noise (V-MoE, app. A).
 
-    logits clean, noisy_logits with normal noise of standard deviation noise_std, both [G, T, E].
-    Differs from 1701.06538, as the published code does: the threshold is the K-th noisy logit of all experts.
+    logits clean, noisy_logits with normal noise of deviation noise_std, both [G, T, E]. Differs from 1701.06538, as
+    the published code does: the threshold is the K-th noisy logit of all experts.
     """
     threshold = noisy_logits.gather(-1, top(noisy_logits, top_k, -1)[..., -1:])  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
@@ -192,7 +182,7 @@ def balance_loss(logits, expert_index):
 
     f_e = share of tokens with e among their choices expert_index [G, T, K], before drops; P_e = mean clean gate.
     """
-    G, T, E = logits.shape
+    E = logits.shape[-1]
     chosen = F.one_hot(expert_index, E).sum(2).to(logits.dtype).mean(1)  # f [G, E]
     return E / expert_index.shape[-1] * (chosen * logits.softmax(-1).mean(1)).sum(1).mean()
 
@@ -370,10 +360,7 @@ class TokenChoice(Router):
 
 
 class ExpertChoice(Router):
-    """Each expert takes the C tokens with the largest gates for it (2202.09368, section 3.2). Never causal.
-
-    Differs, as the vision study does: gates are a softmax over experts of the token, and are not renormalised.
-    """
+    """Each expert takes the C tokens with the largest gates for it (2202.09368, section 3.2). Never causal."""
 
     def route(self, x, key=None):
         logits, noisy = self.logits(x)
@@ -384,10 +371,10 @@ class ExpertChoice(Router):
 
 
 class Sinkhorn:
-    """Scores from a Sinkhorn plan of the noisy logits; the outputs are weighed by the softmax, or by the plan."""
+    """Scores from a Sinkhorn plan of the noisy logits (S-BASE 2202.01169); outputs weighed by softmax, or by the plan."""
 
     causal = False  # a plan balances over all tokens
-    extra = dict(iterations=20, combine="softmax")
+    extra, lacks = dict(iterations=20, combine="softmax"), ()
 
     def scores(self, logits, noisy):
         if self.options.combine == "plan":
@@ -398,11 +385,12 @@ class Sinkhorn:
 
 
 class Sparse(Sinkhorn):
-    """Scores from a sparse plan of the gates: at most C tokens an expert, or at most K experts a token. No noise.
+    """Scores from a sparse plan of the gates (2209.15466): at most C tokens an expert, or K experts a token. No noise.
 
-    A token with one choice has all its mass there: sparse token choice with top_k=1 and combine="plan" has a constant
-    gate, and its router learns from the other losses alone.
+    Where K = 1 a token's plan is 1 at its one expert: combine="plan" then gives the gate of token choice no gradient.
     """
+
+    lacks = ("noise_std",)
 
     def scores(self, logits, noisy):
         gates, steps = logits.softmax(-1), self.options.iterations
@@ -414,35 +402,17 @@ class Sparse(Sinkhorn):
         return plan, plan if self.options.combine == "plan" else gates
 
 
-class SinkhornTokenChoice(Sinkhorn, TokenChoice):
-    """Token choice by a Sinkhorn plan: an expert's column is balanced before anyone chooses (2202.01169, section 3)."""
-
-    defaults = TokenChoice.defaults | Sinkhorn.extra
-
-
-class SparseTokenChoice(Sparse, TokenChoice):
-    """Token choice by a plan in which a token has mass at no more than K experts (2209.15466; not in 2401.15969)."""
-
-    defaults = {name: value for name, value in (TokenChoice.defaults | Sparse.extra).items() if name != "noise_std"}
-
-
-class SinkhornExpertChoice(Sinkhorn, ExpertChoice):
-    """Expert choice by a Sinkhorn plan: a token's row is balanced before anyone chooses (2401.15969, section 3)."""
-
-    defaults = ExpertChoice.defaults | Sinkhorn.extra
-
-
-class SparseExpertChoice(Sparse, ExpertChoice):
-    """Expert choice by a plan in which an expert has mass at no more than C tokens (2209.15466, section 5)."""
-
-    defaults = {name: value for name, value in (ExpertChoice.defaults | Sparse.extra).items() if name != "noise_std"}
+def cross(scores, choice):
+    """The router that chooses as one class does, by the scores that another makes."""
+    defaults = {name: value for name, value in (choice.defaults | scores.extra).items() if name not in scores.lacks}
+    return type(scores.__name__ + choice.__name__, (scores, choice), {"defaults": defaults, "__doc__": scores.__doc__})
 
 
 class Soft(LazyModuleMixin, Router):
-    """Every slot is a convex mix of all tokens, every token of all slots (Soft MoE 2308.00951, eq. 1-3, section 2.3).
+    """Every slot is a convex mix of all tokens, every token of all slots (Soft MoE 2308.00951, section 2). Never causal.
 
-    phi [D, E, C] is one direction per slot, scale their common temperature. slots=C fixes the slots of an expert; else
-    the first call sets C = round(T*K*cf/E), at least 1, from its T. Never causal.
+    phi [D, E, C] is a direction per slot, scale their temperature. C = slots, or else round(T*K*cf/E), at least 1, for
+    the T of the first call.
     """
 
     chooses, offers = "soft", ()
@@ -474,8 +444,8 @@ class Soft(LazyModuleMixin, Router):
 class Hash(TokenChoice):
     """A fixed table sends a key (token id, patch position, topic) to K experts, equally weighed (2106.04426).
 
-    The table is random and balanced: each run of E keys in a row meets all E experts. A key from num_keys on goes to
-    key mod E. Without keys, the position is the key. Nothing is learned, and nothing can leak.
+    The table is random and balanced: of keys nE to nE+E-1 each expert gets one. A key from num_keys on goes to key mod
+    E. Without keys, the position is the key. Nothing is learned, and nothing can leak.
     """
 
     causal, offers = True, ()
@@ -502,9 +472,8 @@ class Hash(TokenChoice):
 class ExpertThreshold(Router):
     """A token goes to every expert whose gate reaches that expert's threshold (2603.11535): causal expert choice.
 
-    update() keeps the threshold at a running mean of the (1 - K/E) quantile of the gates in a group, so that K experts
-    a token is the average; until the first update it is 1/E. Tokens queue by position for C = min(T, ceil(2*T*K*cf/E))
-    slots, twice the mean, in training and evaluation alike.
+    update() keeps the threshold at a running mean of the gates' (1 - K/E) quantile in a group, so that a token meets K
+    experts on average; before, it is 1/E. Tokens queue by position for C = min(T, ceil(2*T*K*cf/E)) slots, always.
     """
 
     chooses, causal = "threshold", True
@@ -591,11 +560,11 @@ def build_router(name, dim, num_experts, **options):
 
 ROUTERS = {
     "token_choice": TokenChoice,
-    "sinkhorn_token_choice": SinkhornTokenChoice,
-    "sparse_token_choice": SparseTokenChoice,
+    "sinkhorn_token_choice": cross(Sinkhorn, TokenChoice),
+    "sparse_token_choice": cross(Sparse, TokenChoice),
     "expert_choice": ExpertChoice,
-    "sinkhorn_expert_choice": SinkhornExpertChoice,
-    "sparse_expert_choice": SparseExpertChoice,
+    "sinkhorn_expert_choice": cross(Sinkhorn, ExpertChoice),
+    "sparse_expert_choice": cross(Sparse, ExpertChoice),
     "soft": Soft,
     "hash": Hash,
     "expert_threshold": ExpertThreshold,
