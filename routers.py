@@ -228,6 +228,8 @@ class Router(nn.Module):
             self.gate.requires_grad_(self.options.weights == "learned")
             if self.options.weights == "random":
                 self.drawn = copy.deepcopy(self.gate)  # training uses this one, evaluation the fixed self.gate
+        if getattr(self.options, "bias_rate", 0):
+            self.register_buffer("bias", torch.zeros(num_experts))
 
     def check(self, **values):
         """Raise ValueError, naming rule and value, for options that no router or not this one can take."""
@@ -308,11 +310,6 @@ class TokenChoice(Router):
     chooses = "tokens"
     offers = ("importance", "load", "balance", "z")  # load in training with noise
     defaults = Router.defaults | dict(priority="token", renormalize=False, bias_rate=0.0)
-
-    def __init__(self, dim, num_experts, **options):
-        super().__init__(dim, num_experts, **options)
-        if self.options.bias_rate:
-            self.register_buffer("bias", torch.zeros(num_experts))
 
     @property
     def causal(self):

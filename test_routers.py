@@ -4,10 +4,12 @@ Axes as in routers.py: G groups, T tokens, D width, E experts, C slots, K choice
 parametrised over ROUTERS, or by @each, tests a router that you add as it is; for its values, write its worked example (WORKED)
 and its slow twin (SLOW).
 """
+import ast
 import copy
 import hashlib
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -1247,6 +1249,25 @@ def test_the_ridge_probe_picks_its_penalty_by_leaving_one_out():
     best = min((2.0**i for i in range(-10, 20)), key=error)
     expected = ((b @ solve(list(range(24)), best)).argmax(1) == truth).double().mean().item()
     assert moe_vision.ridge_accuracy((x, y), (z, truth)) == pytest.approx(expected) and 0.5 < expected < 1
+
+
+def test_readme_counts_the_lines_of_code_of_each_router_and_names_them_all():
+    def lines(*parts):
+        """Lines of code, without docstrings, comments and blanks."""
+        trees = [ast.parse(inspect.getsource(part)) for part in parts]
+        for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef))):
+            node.body = node.body[bool(ast.get_docstring(node)):]
+        return sum(len({at for node in ast.walk(tree) if hasattr(node, "lineno") for at in range(node.lineno, node.end_lineno + 1)
+                        if not isinstance(node, (ast.ClassDef, ast.FunctionDef))} | {node.lineno for node in ast.walk(tree) if
+                        isinstance(node, (ast.ClassDef, ast.FunctionDef))}) for tree in trees)
+
+    parts = {"token_choice": [routers.TokenChoice], "expert_choice": [routers.ExpertChoice], "soft": [routers.Soft], "hash": [routers.Hash],
+             "expert_threshold": [routers.ExpertThreshold]}
+    for who in ("token", "expert"):
+        parts |= {f"sinkhorn_{who}_choice": [routers.Sinkhorn, sinkhorn_plan], f"sparse_{who}_choice": [routers.Sparse, sparse_plan, project]}
+    text = (pathlib.Path(__file__).parent / "README.md").read_text()
+    said = {name: int(count) for name, count in re.findall(r"^\| `(\w+)` \|.*\| \+?(\d+) \|$", text, re.M)}
+    assert said == {name: lines(*of) for name, of in parts.items()} and (len(said) == 9) and set(said) <= set(ROUTERS)
 
 
 def test_readme_adds_a_router_that_flags_and_these_tests_pick_up(tmp_path):

@@ -437,6 +437,15 @@ def load_run(folder, device):
 
 
 def main(argv=None):
+    """Run the command line; returns the exit status. Ctrl-C outside the training loop has nothing to save."""
+    try:
+        return command(argv)
+    except KeyboardInterrupt:
+        print("interrupted; what was written before stays", file=sys.stderr)
+        return 130
+
+
+def command(argv):
     parser, args = parse(argv)
     try:
         if args.eval:
