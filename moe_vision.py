@@ -5,7 +5,8 @@ place of their FFN, as in V-MoE (2106.05974). A group is an image, a token a pat
 
 Data comes in three kinds behind the same three methods (batch, split, probe): images drawn on the fly (the default), a
 folder in the CIFAR binary layout or an .npz, and the official CIFAR archives, fetched once.
-train.py uses add_flags, defaults, load_data, build_model, loss and report; moe_tokens.py offers it the same ones.
+train.py uses add_flags, moe_blocks, load_data, build_model, loss, metrics, report and columns, and the tables of defaults;
+moe_tokens.py offers it the same names.
 """
 import hashlib
 import math
@@ -91,11 +92,29 @@ def build_model(args, data, feed):
     return ViT(data.image_size, args.patch, args.dim, args.heads, feeds, len(data.classes))
 
 
+def moe_blocks(depth):
+    """every second block, counted from the last (V-MoE)"""
+    return [block for block in range(depth) if (depth - block) % 2]
+
+
 def loss(model, batch):
-    """Cross-entropy, {metric: sum over the batch}, and the routings."""
+    """Cross-entropy, counts {name: sum over the batch} for metrics, and the routings."""
     logits, routings = model(batch["image"])
     right = (logits.argmax(-1) == batch["label"]).sum()
-    return F.cross_entropy(logits, batch["label"]), {"top1": right}, routings
+    return F.cross_entropy(logits, batch["label"]), {"count": len(logits), "right": right}, routings
+
+
+def metrics(sums):
+    """What is reported, from summed counts and the summed loss."""
+    return {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
+
+
+def columns(summary):
+    """The table's columns that are this task's own, {name: text}."""
+    spread = lambda name: "{:.1f} ± {:.1f}".format(*summary[name]) if name in summary else "-"
+    return {"top-1 %": f"{summary['test']['top1']:.1f}",
+            "dropless top-1 %": f"{summary['test_dropless']['top1']:.1f}" if "test_dropless" in summary else "-",
+            "10-shot %": spread("few_shot"), "untrained": spread("few_shot_untrained"), "pixels": spread("few_shot_pixels")}
 
 
 # ---------------------------------------------------------------- images drawn on the fly
@@ -359,10 +378,11 @@ def ridge_accuracy(support, query):
 
 
 @torch.no_grad()
-def report(model, untrained, data, draws=5):
-    """10-shot accuracy in % on held-out classes, [mean, spread] over draws, of the model, the untrained one, raw pixels."""
+def report(model, data, fresh, draws=5):
+    """10-shot accuracy in % on held-out classes, [mean, spread] over draws: the model's, a fresh() one's, raw pixels'."""
     if not len(data.few_shot_classes):
         return {}
+    untrained = fresh()
     readers = {"few_shot": lambda x: model.features(x)[0], "few_shot_untrained": lambda x: untrained.features(x)[0], "few_shot_pixels": lambda x: x.flatten(1)}
     accuracy = {name: [] for name in readers}
     for draw in range(draws):

@@ -120,7 +120,7 @@ def make_parser(task, size, router):
     for name, about in (("dim", "width D"), ("depth", "blocks"), ("heads", "attention heads"), ("hidden", "width inside an FFN or an expert"),
                         ("experts", "experts E in a block")):
         model.add_argument("--" + name, type=whole, help=about)
-    model.add_argument("--moe-blocks", type=numbers, help="blocks with experts, such as 1,3; none: every second from the last")
+    model.add_argument("--moe-blocks", type=numbers, help="blocks with experts, such as 1,3; none: " + module.moe_blocks.__doc__)
     model.add_argument("--expert-init", choices=("independent", "identical"), help="experts start apart, or all alike (V-MoE)")
     model.add_argument("--dense-match", choices=("active", "total"), help="with --router dense: FFNs as wide as the K active experts, or as all")
     module.add_flags(parser)
@@ -161,8 +161,7 @@ def check(args):
     args.top_k = args.top_k or 1
     if args.router == "dense" and args.top_k > args.experts:
         raise ValueError(f"--top-k must be at most --experts {args.experts}, got {args.top_k}")
-    if args.moe_blocks is None:
-        args.moe_blocks = list(range(args.depth - 1, -1, -2))[::-1]
+    args.moe_blocks = TASKS[args.task].moe_blocks(args.depth) if args.moe_blocks is None else args.moe_blocks
     if not args.moe_blocks or args.moe_blocks[0] < 0 or args.moe_blocks[-1] >= args.depth:
         raise ValueError(f"--moe-blocks must name blocks from 0 to {args.depth - 1}, got {args.moe_blocks}")
     if args.balance == "bias":
@@ -212,12 +211,20 @@ def build(args):
     """Everything a run needs from its flags: device, task, data, model. The first forward gives the GFLOPs of an example."""
     device, task = pick_device(args.device), TASKS[args.task]
     data = task.load_data(args, device)
-    torch.manual_seed(seeded(args.seed, "weights").initial_seed())
-    model = task.build_model(args, data, make_feed(args)).to(device)
+    model = build_model(args, task, data, device)
     one = {name: value[:1] for name, value in next(iter(data.split("validation"))).items()}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        task.loss(model.eval(), one)  # also gives Soft MoE its slots, which follow from the group's size
+        task.loss(model, one)
     return device, task, data, model, counter.get_total_flops() / 1e9
+
+
+def build_model(args, task, data, device):
+    """The model at its start, in evaluation mode; a first look at one example gives Soft MoE its number of slots."""
+    torch.manual_seed(seeded(args.seed, "weights").initial_seed())
+    model = task.build_model(args, data, make_feed(args)).to(device).eval()
+    with torch.no_grad():
+        task.loss(model, {name: value[:1] for name, value in next(iter(data.split("validation"))).items()})
+    return model
 
 
 def moes(model):
@@ -268,6 +275,16 @@ def statistics(routings):
     return stats
 
 
+def add(sums, values):
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def once(routings):
+    """The routings of {block: Routing}, each once: blocks may share one."""
+    return list({id(routing): routing for routing in routings.values()}.values())
+
+
 def mean_statistics(several):
     return {b: {k: float(np.mean([s[b][k] for s in several])) for k in several[0][b]} for b in several[0]} if several else {}
 
@@ -276,16 +293,13 @@ def mean_statistics(several):
 def evaluate(task, model, data, split, device):
     """Cross-entropy alone, metrics in %, and routing statistics, over a whole split; without noise."""
     model.eval()
-    total, sums, stats, examples = 0.0, {}, [], 0
+    sums, stats = {}, []
     for batch in data.split(split):
-        n = len(batch["label"])
         with precision(device):
-            loss, metrics, routings = task.loss(model, batch)
-        total, examples = total + float(loss) * n, examples + n
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            loss, counts, routings = task.loss(model, batch)
+        add(sums, {name: float(value) for name, value in (counts | {"loss": loss * counts["count"]}).items()})
         stats.append(statistics(routings))
-    return {"loss": total / examples, **{name: 100 * value / examples for name, value in sums.items()}, "blocks": mean_statistics(stats)}
+    return {**task.metrics(sums), "blocks": mean_statistics(stats)}
 
 
 def train_step(args, task, model, optimizer, data, step, device):
@@ -295,28 +309,26 @@ def train_step(args, task, model, optimizer, data, step, device):
         group["lr"] = learning_rate(args, step)
     torch.manual_seed(seeded(args.seed, step, "noise").initial_seed())
     weights, rows = loss_weights(args), args.batch_size // args.grad_accum
-    logged, seen = {"loss": 0.0}, []
+    sums, losses, seen = {}, {}, []
     for i in range(args.grad_accum):
         batch = data.batch(step, part=slice(i * rows, (i + 1) * rows))
         with precision(device):
-            loss, metrics, routings = task.loss(model, batch)
-            terms = {"loss": loss}
-            for routing in routings.values():
+            loss, counts, routings = task.loss(model, batch)
+            terms = {}
+            for routing in once(routings):
                 for name, value in routing.losses.items():
                     terms[name] = terms.get(name, 0.0) + value
             objective = loss + sum(weight * terms[name] for name, weight in weights.items() if weight and name in terms)
         (objective / args.grad_accum).backward()
-        for name, value in terms.items():
-            logged[name] = logged.get(name, 0.0) + value.detach() / args.grad_accum
-        for name, value in metrics.items():
-            logged[name] = logged.get(name, 0.0) + 100 * value / args.batch_size
-        seen.append(routings)
+        add(sums, counts | {"loss": loss.detach() * counts["count"]})
+        add(losses, {name: value.detach() / args.grad_accum for name, value in terms.items()})
+        seen.append(once(routings))
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for layer, moe in enumerate(moes(model)):
-        moe.router.update([list(routings.values())[layer] for routings in seen], seeded(args.seed, step + 1, "router", layer))
-    return {**logged, "grad_norm": norm}, seen[-1]
+    for layer, router in enumerate(dict.fromkeys(moe.router for moe in moes(model))):
+        router.update([routings[layer] for routings in seen], seeded(args.seed, step + 1, "router", layer))
+    return {**task.metrics(sums), **losses, "grad_norm": norm}, routings
 
 
 def save(folder, name, content):
@@ -364,11 +376,8 @@ def conclude(args, task, model, data, device, gflops, seconds, folder=None):
         result["test_dropless"] = evaluate(task, model, data, "test", device)
         for router in layers:
             router.options.capacity_factor = factor
-    torch.manual_seed(seeded(args.seed, "weights").initial_seed())
-    untrained = task.build_model(args, data, make_feed(args)).to(device).eval()
-    untrained(next(iter(data.split("validation")))["image"][:1])
     total, active = parameters(model)
-    summary = {"router": args.router, **result, **task.report(model, untrained, data), "parameters": total, "active_parameters": active,
+    summary = {"router": args.router, **result, **task.report(model, data, lambda: build_model(args, task, data, device)), "parameters": total, "active_parameters": active,
                "gflops": gflops, "steps": args.steps}
     if folder:
         with open(folder / "metrics.jsonl", "a") as file:
@@ -381,10 +390,7 @@ def conclude(args, task, model, data, device, gflops, seconds, folder=None):
 
 def summary_row(s, task):
     """One row of the table, {column: text}."""
-    blocks, spread = s["test"]["blocks"], lambda name: f"{s[name][0]:.1f} ± {s[name][1]:.1f}" if name in s else "-"
-    row = {"router": s["router"], "top-1 %": f"{s['test']['top1']:.1f}"}
-    row["dropless top-1 %"] = f"{s['test_dropless']['top1']:.1f}" if "test_dropless" in s else "-"
-    row |= {"10-shot %": spread("few_shot"), "untrained": spread("few_shot_untrained"), "pixels": spread("few_shot_pixels")}
+    blocks, row = s["test"]["blocks"], {"router": s["router"], **task.columns(s)}
     row["load max/mean"] = ", ".join(f"{b['load']:.2f}" for b in blocks.values()) or "-"
     row["dropped %"] = ", ".join(f"{100 * b['dropped']:.1f}" for b in blocks.values()) or "-"
     row |= {"parameters": f"{s['parameters']:,}", "active": f"{s['active_parameters']:,}", "GFLOPs": f"{s['gflops']:.4f}",
