@@ -47,6 +47,10 @@ class Routing:
         """Tokens [G, T, D], from what the experts wrote, y [G, E, C, D]."""
         return torch.einsum("gtec,gecd->gtd", self.tensors()[1].to(y.dtype), y)
 
+    def run(self, x, experts):
+        """The two equations: dispatch, let the experts work, combine; x [G, T, D] -> y [G, T, D]."""
+        return self.combine(experts(self.dispatch(x)))
+
     def mass(self):
         """Combine weight that each token gives each expert, [G, T, E]."""
         return self.tensors()[1].sum(-1)
@@ -59,11 +63,12 @@ class Routing:
 class HardRouting(Routing):
     """One token, or none, in a slot: index [G, E, C] names it, T where empty; gate [G, E, C] is its combine weight.
 
-    Slots lie expert by expert in memory, so that one batched product over E reads them without a copy.
+    Slots lie expert by expert in memory, so that one batched product over E reads them without a copy. A ragged routing
+    (dropless: few experts fill the largest load) is run on its filled slots alone.
     """
 
-    def __init__(self, index, gate, tokens, load, losses=None, **extras):
-        super().__init__(None, None, load, losses, index=index, gate=gate, tokens=tokens, **extras)
+    def __init__(self, index, gate, tokens, load, losses=None, ragged=False, **extras):
+        super().__init__(None, None, load, losses, index=index, gate=gate, tokens=tokens, ragged=ragged, **extras)
         start = torch.arange(len(index), device=index.device)[:, None, None] * tokens
         self._rows = (index.clamp(max=tokens - 1) + start).transpose(0, 1).flatten()  # [E*G*C] rows of x as [G*T, D]
         self._empty = (index == tokens).transpose(0, 1).reshape(-1, 1)
@@ -81,6 +86,15 @@ class HardRouting(Routing):
         G, E, C, D = y.shape
         weighted = y.transpose(0, 1) * self.gate.transpose(0, 1)[..., None].to(y.dtype)  # [E, G, C, D]
         return y.new_zeros(G * self.tokens, D).index_add(0, self._rows, weighted.reshape(-1, D)).view(G, -1, D)
+
+    def run(self, x, experts):
+        if not self.ragged:
+            return super().run(x, experts)
+        filled = (~self._empty).flatten().nonzero().flatten()  # [N], expert by expert
+        rows, gate = self._rows[filled], self.gate.transpose(0, 1).reshape(-1, 1)[filled]
+        counts = (self.index < self.tokens).sum((0, 2)).tolist()
+        y = experts.ragged(x.flatten(0, 1).index_select(0, rows), counts)  # [N, D]
+        return y.new_zeros(x.shape).flatten(0, 1).index_add(0, rows, y * gate.to(y.dtype)).view_as(x)
 
     def _scatter(self, values):
         G, E, _ = self.index.shape
@@ -211,8 +225,7 @@ class Router(nn.Module):
     Raises ValueError for a value against these rules.
     """
 
-    chooses, causal = "experts", False
-    offers, slack = ("z",), 1  # names of the losses in its routings; slots it needs over the mean
+    chooses, causal, offers, slack = "experts", False, ("z",), 1  # offers: its losses' names; slack: slots over the mean
     defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0, weights="learned", gate="linear")
 
     def __init__(self, dim, num_experts, **options):
@@ -220,6 +233,7 @@ class Router(nn.Module):
         self.dim, self.num_experts = dim, num_experts
         self.options = SimpleNamespace(**(self.defaults | options))
         self.check(dim=dim, num_experts=num_experts, **vars(self.options))
+        self.gate = lambda x: x[..., :num_experts]  # weights="self"
         if getattr(self.options, "weights", "self") != "self":
             self.gate = nn.Linear(dim, num_experts, bias=False)
             if self.options.gate == "mlp":
@@ -272,13 +286,10 @@ class Router(nn.Module):
         weights, noise_std = self.options.weights, getattr(self.options, "noise_std", 0)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if weights == "self":
-                logits = x[..., : self.num_experts]
-            else:
-                logits = (self.drawn if weights == "random" and self.training else self.gate)(x)
-            if not (self.training and noise_std):
-                return logits, logits
-            return logits, logits + torch.randn_like(logits) * (noise_std / self.num_experts)
+            gate = self.drawn if weights == "random" and self.training else self.gate
+            logits = gate(x)
+            noisy = logits + torch.randn_like(logits) * (noise_std / self.num_experts) if self.training and noise_std else logits
+            return logits, noisy
 
     def scores(self, logits, noisy):
         """What decides the routing and what weighs the outputs, both [G, T, E]; here the softmax is both."""
@@ -307,8 +318,7 @@ class TokenChoice(Router):
                    update() moves the bias by u * sign(mean load - load)
     """
 
-    chooses = "tokens"
-    offers = ("importance", "load", "balance", "z")  # load in training with noise
+    chooses, offers = "tokens", ("importance", "load", "balance", "z")  # load in training with noise
     defaults = Router.defaults | dict(priority="token", renormalize=False, bias_rate=0.0)
 
     @property
@@ -345,7 +355,7 @@ class TokenChoice(Router):
         slot_gate = F.pad(gate.flatten(1), (0, 1)).gather(1, pair)
         shape = (G, self.num_experts, -1)
         load = wants.sum((0, 1)).to(gate.dtype) / (G * T * K)
-        return HardRouting((pair // K).view(shape), slot_gate.view(shape), T, load, losses, expert_index=expert_index, **extras)
+        return HardRouting((pair // K).view(shape), slot_gate.view(shape), T, load, losses, C is None, expert_index=expert_index, **extras)
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -512,18 +522,23 @@ class Experts(nn.Module):
             raise ValueError(f"init must be one of independent, identical, got {init!r}")
         self.w1, self.b1 = (nn.Parameter(torch.empty(num_experts, n, hidden)) for n in (dim, 1))
         self.w2, self.b2 = (nn.Parameter(torch.empty(num_experts, n, dim)) for n in (hidden, 1))
+        drawn = num_experts if init == "independent" else 1
         with torch.no_grad():
             for weight, fan_in in ((self.w1, dim), (self.b1, dim), (self.w2, hidden), (self.b2, hidden)):
-                weight.uniform_(-(fan_in**-0.5), fan_in**-0.5)
-                if init == "identical":
-                    weight.copy_(weight[:1].clone().expand_as(weight))
+                weight.copy_(torch.empty(drawn, *weight.shape[1:]).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
     def forward(self, slots):
-        """slots [G, E, C, D] -> [G, E, C, D]."""
-        G, E, C, D = slots.shape
-        z = slots.transpose(0, 1).reshape(E, G * C, D)
+        """slots [G, E, C, D] -> [G, E, C, D]. A slot may be wide: n vectors of width D, laid one after another."""
+        G, E, C, _ = slots.shape
+        z = slots.transpose(0, 1).reshape(E, -1, self.w1.shape[1])  # [E, G*C, D]
         hidden = F.gelu(torch.baddbmm(self.b1, z, self.w1))  # [E, G*C, H]
-        return torch.baddbmm(self.b2, hidden, self.w2).view(E, G, C, D).transpose(0, 1)
+        return torch.baddbmm(self.b2, hidden, self.w2).view(E, G, C, -1).transpose(0, 1)
+
+    def ragged(self, z, counts):
+        """The same for z [N, D], sorted by expert, counts[e] rows of each: work for real tokens only, however unbalanced."""
+        parts = zip(z.split(counts), *(weight.unbind() for weight in (self.w1, self.b1, self.w2, self.b2)))
+        ffn = lambda x, w1, b1, w2, b2: torch.addmm(b2, F.gelu(torch.addmm(b1, x.reshape(-1, len(w1)), w1)), w2).view_as(x)
+        return torch.cat([ffn(*part) for part in parts])
 
 
 class MoE(nn.Module):
@@ -536,7 +551,7 @@ class MoE(nn.Module):
     def forward(self, x, key=None, routing=None):
         """x [G, T, D], key [G, T] or None -> y [G, T, D] and its Routing; a given routing is used as it is."""
         routing = self.router(x, key) if routing is None else routing
-        return routing.combine(self.experts(routing.dispatch(x))), routing
+        return routing.run(x, self.experts), routing
 
 
 def seeded(*key):
@@ -549,20 +564,13 @@ def build_router(name, dim, num_experts, **options):
     if name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
     known = ROUTERS[name].defaults
-    for option in options:
-        if option not in known:
-            raise ValueError(f"router {name} has no option {option}; it has {', '.join(known)}")
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"router {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     return ROUTERS[name](dim, num_experts, **options)
 
 
 ROUTERS = {
-    "token_choice": TokenChoice,
-    "sinkhorn_token_choice": cross(Sinkhorn, TokenChoice),
-    "sparse_token_choice": cross(Sparse, TokenChoice),
-    "expert_choice": ExpertChoice,
-    "sinkhorn_expert_choice": cross(Sinkhorn, ExpertChoice),
-    "sparse_expert_choice": cross(Sparse, ExpertChoice),
-    "soft": Soft,
-    "hash": Hash,
-    "expert_threshold": ExpertThreshold,
+    "token_choice": TokenChoice, "sinkhorn_token_choice": cross(Sinkhorn, TokenChoice), "sparse_token_choice": cross(Sparse, TokenChoice),
+    "expert_choice": ExpertChoice, "sinkhorn_expert_choice": cross(Sinkhorn, ExpertChoice), "sparse_expert_choice": cross(Sparse, ExpertChoice),
+    "soft": Soft, "hash": Hash, "expert_threshold": ExpertThreshold,
 }
