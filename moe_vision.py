@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from routers import MoE, seeded
 
-UNIT = "images"  # what examples/s counts
+UNIT, SPLITS = "images", ("validation", "test")  # what examples/s counts; the parts that are evaluated, the last one for the table
+HEADLINE = ("top-1 %", 1)  # the column that decides, and whether more of it is better
 SIZES = {  # model and budget; every entry has a flag of its own
     "tiny": dict(dim=64, depth=4, heads=4, hidden=256, patch=4, experts=8, steps=500, batch_size=128, lr=3e-3),
     "small": dict(dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32, steps=10_000, batch_size=512, lr=1e-3),
@@ -110,11 +111,10 @@ def metrics(sums):
 
 
 def columns(summary):
-    """The table's columns that are this task's own, {name: text}."""
-    spread = lambda name: "{:.1f} ± {:.1f}".format(*summary[name]) if name in summary else "-"
-    return {"top-1 %": f"{summary['test']['top1']:.1f}",
-            "dropless top-1 %": f"{summary['test_dropless']['top1']:.1f}" if "test_dropless" in summary else "-",
-            "10-shot %": spread("few_shot"), "untrained": spread("few_shot_untrained"), "pixels": spread("few_shot_pixels")}
+    """The table's columns that are this task's own, {name: number, (mean, spread) or None}; the first one decides."""
+    pair = lambda name: tuple(summary[name]) if name in summary else None
+    return {HEADLINE[0]: summary["test"]["top1"], "dropless": summary.get("test_dropless", {}).get("top1"),
+            "10-shot %": pair("few_shot"), "untrained": pair("few_shot_untrained"), "pixels": pair("few_shot_pixels")}
 
 
 # ---------------------------------------------------------------- images drawn on the fly
@@ -378,7 +378,7 @@ def ridge_accuracy(support, query):
 
 
 @torch.no_grad()
-def report(model, data, fresh, draws=5):
+def report(args, model, data, fresh, draws=5):
     """10-shot accuracy in % on held-out classes, [mean, spread] over draws: the model's, a fresh() one's, raw pixels'."""
     if not len(data.few_shot_classes):
         return {}
@@ -393,10 +393,41 @@ def report(model, data, fresh, draws=5):
     return {name: [float(np.mean(a)), float(np.std(a))] for name, a in accuracy.items()}
 
 
-def add_flags(parser):
+def labels(batch, data, start):
+    """{name: (label [B, T], unit [B, T] on which it is constant, the labels' names)}, `start` images having come before."""
+    B, T = len(batch["image"]), (data.image_size // data.patch) ** 2
+    wide = lambda of_image: of_image.cpu()[:, None].expand(B, T)
+    image, each = wide(torch.arange(start, start + B)), torch.arange(start * T, (start + B) * T).view(B, T)
+    found = {"class": (wide(batch["label"]), image, [str(c) for c in data.classes]), "position": (torch.arange(T).expand(B, T), each, range(T))}
+    if "kind" in batch:
+        found["patch kind"] = batch["kind"].cpu(), each, KINDS
+        found |= {"shape": (wide(batch["pair"][:, 0]), image, list(SHAPES)), "texture": (wide(batch["pair"][:, 1]), image, list(TEXTURES))}
+    return found
+
+
+def show(model, data, joints, folder=None):
+    """Nothing to print beside the table."""
+
+
+def files(data):
+    """What a run folder keeps of its data: nothing."""
+    return {}
+
+
+def ignored(setting):
+    """Flags of this file without meaning beside the others of {flag: value}: none."""
+    return set()
+
+
+def settle(args, router):
+    """Fill in what follows from other flags: nothing. An image may be routed in any way: no remark."""
+    return ""
+
+
+def add_flags(parser, kinds):
     group = parser.add_argument_group("images")
     group.add_argument("--data", help="a CIFAR-layout folder, an .npz, cifar10 or cifar100 (fetched once); none: drawn on the fly")
-    group.add_argument("--patch", type=int, help="pixels along a patch")
+    group.add_argument("--patch", type=kinds.whole, help="pixels along a patch")
     group.add_argument("--few-shot", action="store_true", help="on stored images, hold out the last fifth of the classes for the probe")
 
 

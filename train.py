@@ -3,6 +3,8 @@
     python train.py --router expert_choice          a vision MoE on images drawn on the fly, about 2 minutes on 2 CPU cores
     python train.py --router dense                  the same ViT without experts
     python train.py --router soft --data DIR        on a folder in the CIFAR binary layout, or an .npz
+    python train.py --task tokens --router token_choice         a language MoE on the standard library's text
+    python train.py --sample runs/tokens-token_choice-0 --prompt "def "     write on
     python train.py --eval runs/vision-soft-0       evaluate a finished run again
     python train.py --help                          every flag with its default; they depend on --size and --router
 
@@ -10,7 +12,8 @@ Every random draw comes from (seed, step, what for), so one seed fixes data, wei
 state to keep. A run folder holds config.json, metrics.jsonl, checkpoint.pt and summary.json.
 """
 import argparse
-import copy
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +21,8 @@ import pathlib
 import platform
 import sys
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,10 +31,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import moe_tokens
 import moe_vision
 from routers import CHOICES, ROUTERS, MoE, build_router, seeded
 
-TASKS = {"vision": moe_vision}
+TASKS = {"vision": moe_vision, "tokens": moe_tokens}
+UNRELATED = {"device", "out", "overwrite", "eval", "sample", "table", "log_every", "run"}  # flags that change no result
 DEFAULTS = dict(weight_decay=0.05, warmup=0.1, clip=1.0, grad_accum=1, z_loss=0.0, balance="none", expert_init="independent",
                 dense_match="active")
 BALANCE = {"none": {}, "vmoe": {"importance": 0.005, "load": 0.005}, "switch": {"balance": 0.01}, "bias": {}}
@@ -75,6 +82,7 @@ def capacity(text):
     return text if text == "none" else positive(text)
 
 
+KINDS = SimpleNamespace(whole=whole, positive=positive, at_least_0=at_least_0)  # for the model files' own flags
 for parse, name in ((whole, "whole number"), (positive, "number"), (at_least_0, "number"), (below_1, "number"), (capacity, "number"),
                     (numbers, "list such as 1,3")):
     parse.__name__ = name  # argparse names it in "invalid ... value"
@@ -108,6 +116,8 @@ def make_parser(task, size, router):
     run.add_argument("--out", help="run folder; none: a fresh runs/TASK-ROUTER-N")
     run.add_argument("--overwrite", action="store_true", help="allow --out to be a folder with something in it")
     run.add_argument("--eval", metavar="RUN_DIR", help="evaluate a finished run again, then stop")
+    run.add_argument("--sample", metavar="RUN_DIR", help="write text with a finished run of --task tokens, then stop")
+    run.add_argument("--table", metavar="DIR", help="print and write one table of all finished runs in a folder, then stop")
     run.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
     run.add_argument("--log-every", type=whole, default=50, help="steps between lines of metrics.jsonl")
@@ -123,7 +133,7 @@ def make_parser(task, size, router):
     model.add_argument("--moe-blocks", type=numbers, help="blocks with experts, such as 1,3; none: " + module.moe_blocks.__doc__)
     model.add_argument("--expert-init", choices=("independent", "identical"), help="experts start apart, or all alike (V-MoE)")
     model.add_argument("--dense-match", choices=("active", "total"), help="with --router dense: FFNs as wide as the K active experts, or as all")
-    module.add_flags(parser)
+    module.add_flags(parser, KINDS)
     options = parser.add_argument_group("router options, for the routers named")
     for name, default in OPTIONS.items():
         option_flag(options, name, default)
@@ -140,10 +150,10 @@ def make_parser(task, size, router):
 def parse(argv):
     """Flags -> (parser, args). What they say of the task, the size and the router decides the other flags' defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("task", "vision"), ("size", "tiny"), ("router", "expert_choice"), ("balance", None), ("router-weights", None)):
+    for name, default in (("task", "vision"), ("size", "tiny"), ("router", "expert_choice"), ("balance", None), ("router-weights", None), ("sample", None)):
         first.add_argument("--" + name, default=default)
     known, _ = first.parse_known_args(argv)
-    task = known.task if known.task in TASKS else "vision"
+    task = "tokens" if known.sample else known.task if known.task in TASKS else "vision"
     parser = make_parser(task, known.size if known.size in TASKS[task].SIZES else "tiny", known.router)
     if known.router_weights not in (None, "learned") and known.balance is None:
         parser.set_defaults(balance="none")  # there is nothing to balance with
@@ -174,6 +184,9 @@ def check(args):
             raise ValueError(f"--router {args.router} offers no {name} loss" + (f"; it offers {', '.join(offered)}" if offered else ""))
     if args.batch_size % args.grad_accum:
         raise ValueError(f"--grad-accum must divide --batch-size {args.batch_size}, got {args.grad_accum}")
+    if args.data == "":
+        raise ValueError("--data is empty; leave it away for the built-in data")
+    args.remark = TASKS[args.task].settle(args, None if args.router == "dense" else make_router(args))
 
 
 def loss_weights(args):
@@ -193,15 +206,19 @@ def pick_device(name):
 
 
 # ---------------------------------------------------------------- building
+def make_router(args):
+    """The router these flags describe; what they leave open stands as build_router has it."""
+    options = {name: getattr(args, FLAG.get(name, name)) for name in ROUTERS[args.router].defaults}
+    options = {name: None if value == "none" else value for name, value in options.items() if value is not None}
+    return build_router(args.router, args.dim, args.experts, **options)
+
+
 def make_feed(args):
     """feed(block, tokens) -> what stands in that block after attention: an FFN or an MoE."""
     def feed(block, tokens):
         sparse = block in args.moe_blocks
         if sparse and args.router != "dense":
-            options = {name: getattr(args, FLAG.get(name, name)) for name in ROUTERS[args.router].defaults}
-            if options.get("capacity_factor") == "none":
-                options["capacity_factor"] = None
-            return MoE(build_router(args.router, args.dim, args.experts, **options), args.hidden, args.expert_init)
+            return MoE(make_router(args), args.hidden, args.expert_init)
         width = args.hidden * ((args.experts if args.dense_match == "total" else args.top_k) if sparse else 1)
         return nn.Sequential(nn.Linear(args.dim, width), nn.GELU(), nn.Linear(width, args.dim))
     return feed
@@ -225,6 +242,20 @@ def build_model(args, task, data, device):
     with torch.no_grad():
         task.loss(model, {name: value[:1] for name, value in next(iter(data.split("validation"))).items()})
     return model
+
+
+@contextmanager
+def dropless(model):
+    """Inside, no token is dropped where tokens choose, or thresholds do; says whether that changes anything."""
+    limited = [moe.router for moe in moes(model) if moe.router.chooses in ("tokens", "threshold") and moe.router.options.capacity_factor]
+    factors = [router.options.capacity_factor for router in limited]
+    for router in limited:
+        router.options.capacity_factor = None if router.chooses == "tokens" else float(router.num_experts)
+    try:
+        yield bool(limited)
+    finally:
+        for router, factor in zip(limited, factors):
+            router.options.capacity_factor = factor
 
 
 def moes(model):
@@ -345,16 +376,16 @@ def fit(args, task, model, data, device, folder):
     """Train, write metrics.jsonl as it comes, save the checkpoint; returns (steps done, seconds)."""
     optimizer, start, step = make_optimizer(args, model, device), time.perf_counter(), 0
     running = torch.compile(model) if args.compile else model
-    with open(folder / "metrics.jsonl", "w") as file, tqdm(total=args.steps, desc=args.router, dynamic_ncols=True) as bar:
+    with open(folder / "metrics.jsonl", "w") as file, tqdm(total=args.steps, desc=title(args), dynamic_ncols=True) as bar:
         try:
             for step in range(args.steps):
                 logged, routings = train_step(args, task, running, optimizer, data, step, device)
                 if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-                    line = {"step": step + 1, **{name: float(value) for name, value in logged.items()}, "blocks": statistics(routings)}
+                    line = {"step": step + 1, **remarked(args), **{name: float(value) for name, value in logged.items()}, "blocks": statistics(routings)}
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     rate = (step + 1) * args.batch_size / (time.perf_counter() - start)
-                    shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1") if name in line}
+                    shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "bits_per_byte") if name in line}
                     bar.set_postfix(shown | {f"{task.UNIT}/s": f"{rate:.0f}"})
                 bar.update()
             done = args.steps
@@ -367,35 +398,93 @@ def fit(args, task, model, data, device, folder):
 
 def conclude(args, task, model, data, device, gflops, seconds, folder=None):
     """Evaluate and probe; write the last lines of metrics.jsonl and the summary; print the table."""
-    result = {split: evaluate(task, model, data, split, device) for split in ("validation", "test")}
-    layers = [moe.router for moe in moes(model) if moe.router.chooses == "tokens" and moe.router.options.capacity_factor]
-    if layers:
-        factor = layers[0].options.capacity_factor
-        for router in layers:
-            router.options.capacity_factor = None
-        result["test_dropless"] = evaluate(task, model, data, "test", device)
-        for router in layers:
-            router.options.capacity_factor = factor
+    result = {split: evaluate(task, model, data, split, device) for split in task.SPLITS}
+    with dropless(model) as differs:
+        if differs:
+            result[task.SPLITS[-1] + "_dropless"] = evaluate(task, model, data, task.SPLITS[-1], device)
     total, active = parameters(model)
-    summary = {"router": args.router, **result, **task.report(model, data, lambda: build_model(args, task, data, device)), "parameters": total, "active_parameters": active,
-               "gflops": gflops, "steps": args.steps}
+    found, joints = specialisation(task, model, data, device)
+    summary = {"router": title(args), **result, **task.report(args, model, data, lambda: build_model(args, task, data, device)), "specialisation": found,
+               "parameters": total, "active_parameters": active, "gflops": gflops, "steps": args.steps}
     if folder:
         with open(folder / "metrics.jsonl", "a") as file:
             for split, values in result.items():
-                file.write(json.dumps({"step": args.steps, "split": split, **values}) + "\n")
+                file.write(json.dumps({"step": args.steps, "split": split} | remarked(args) | values) + "\n")
     summary |= {"seconds": seconds, f"{task.UNIT}_per_second": args.steps * args.batch_size / seconds}
-    print(table([summary_row(summary, task)]))
+    print(table([{"router": title(args), **row([summary], task)}]))
+    if found:
+        print(table([{"block": str(block), "experts know of": name, "NMI": f"{value:.3f}", "by chance": f"{mean:.3f}", "95 % of chance": f"{bound:.3f}"}
+                     for block, of in found.items() for name, (value, mean, bound) in of.items()]))
+    task.show(model, data, joints, folder)
     return summary
 
 
-def summary_row(s, task):
-    """One row of the table, {column: text}."""
-    blocks, row = s["test"]["blocks"], {"router": s["router"], **task.columns(s)}
-    row["load max/mean"] = ", ".join(f"{b['load']:.2f}" for b in blocks.values()) or "-"
-    row["dropped %"] = ", ".join(f"{100 * b['dropped']:.1f}" for b in blocks.values()) or "-"
-    row |= {"parameters": f"{s['parameters']:,}", "active": f"{s['active_parameters']:,}", "GFLOPs": f"{s['gflops']:.4f}",
-            f"{task.UNIT}/s": f"{s[f'{task.UNIT}_per_second']:.0f}", "seconds": f"{s['seconds']:.0f}"}
-    return row
+def title(args):
+    return args.router + (f" ({args.remark})" if args.remark else "")
+
+
+def remarked(args):
+    """What marks a line of numbers as leaky, or as an oracle's."""
+    return {"remark": args.remark} if args.remark else {}
+
+
+def row(summaries, task):
+    """One row of the table, {column: text}, of the runs of one setting: a lone run's numbers, or mean ± deviation over seeds."""
+    decimals = {task.HEADLINE[0]: 1 if task.HEADLINE[1] > 0 else 3, "dropless": 1 if task.HEADLINE[1] > 0 else 3, "as generated": 3, "GFLOPs": 4,
+                "load max/mean": 2, "bytes/token": 2, "perplexity": 2, "parameters": 0, "active": 0, "seconds": 0, f"{task.UNIT}/s": 0}
+    columns = []
+    for s in summaries:
+        blocks = s[task.SPLITS[-1]]["blocks"].values()
+        columns.append({**task.columns(s), "load max/mean": [b["load"] for b in blocks], "dropped %": [100 * b["dropped"] for b in blocks],
+                        "parameters": s["parameters"], "active": s["active_parameters"], "GFLOPs": s["gflops"],
+                        f"{task.UNIT}/s": s[f"{task.UNIT}_per_second"], "seconds": s["seconds"]})
+    texts = {}
+    for name in columns[0]:
+        values, show = [c[name] for c in columns], f"{{:,.{decimals.get(name, 1)}f}}".format
+        if None in values or [] in values:
+            texts[name] = "-"
+        elif isinstance(values[0], list):
+            texts[name] = ", ".join(map(show, np.mean(values, 0)))  # a number for each block
+        else:
+            pairs = [v if isinstance(v, tuple) else (v, None) for v in values]
+            mean, spread = float(np.mean([v for v, _ in pairs])), pairs[0][1]
+            if len(values) > 1:
+                spread = float(np.std([v for v, _ in pairs], ddof=1))
+            fixed = spread is None or len(values) > 1 and name in ("parameters", "active", "GFLOPs")
+            texts[name] = show(mean) + ("" if fixed else " ± " + show(spread))
+    return texts
+
+
+def results(folder):
+    """All finished runs below a folder in one table: printed, and written to results.md and results.jsonl there."""
+    runs = {}
+    for path in sorted(pathlib.Path(folder).glob("*/summary.json")):
+        flags, summary = json.loads((path.parent / "config.json").read_text())["flags"], json.loads(path.read_text())
+        runs.setdefault(json.dumps({name: value for name, value in flags.items() if name not in UNRELATED | {"seed"}}), []).append((flags, summary))
+    if not runs:
+        raise ValueError(f"--table {folder}: no finished run (a folder with a summary.json) lies there")
+    settings = [json.loads(key) for key in runs]
+    tasks = {setting["task"] for setting in settings}
+    if len(tasks) > 1:
+        raise ValueError(f"--table {folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
+    task, rows = TASKS[tasks.pop()], []
+    told = {name: {json.dumps(s[name]) for s in settings if s.get(name) is not None} for s in settings for name in s if name not in ("router", "remark")}
+    differing = [name for name, values in told.items() if len(values) > 1]
+    column, sign = task.HEADLINE
+    for setting, group in zip(settings, runs.values()):
+        scores = [task.columns(summary)[column] for _, summary in group]
+        named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
+        rows.append((scores, {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group)), **row([s for _, s in group], task)}))
+    rows.sort(key=lambda r: -sign * np.mean(r[0]) if None not in r[0] else 0)
+    best = rows[0][0]
+    for scores, texts in rows:  # a difference inside the spread is a tie
+        gap, spread = (float(f(scores) - f(best)) if f is np.mean else float(np.hypot(f(scores), f(best))) for f in (np.mean, np.std))
+        texts["to the best"] = "best" if scores is best else "tie" if abs(gap) <= spread else f"{gap:+.3f}"
+    text = table([texts for _, texts in rows])
+    (pathlib.Path(folder) / "results.md").write_text(text + "\n")
+    lines = [json.dumps({"flags": flags, "summary": summary}) for group in runs.values() for flags, summary in group]
+    (pathlib.Path(folder) / "results.jsonl").write_text("\n".join(lines) + "\n")
+    print(text)
 
 
 def table(rows):
@@ -404,6 +493,54 @@ def table(rows):
     width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     lines = [names, ["-" * width[name] for name in names]] + [[row[name] for name in names] for row in rows]
     return "\n".join("| " + " | ".join(text.ljust(width[name]) for text, name in zip(line, names)) + " |" for line in lines)
+
+
+# ---------------------------------------------------------------- what experts specialise in
+def nmi(joint):
+    """Normalised mutual information I / sqrt(H H) of a joint mass [labels, E]; 0 where an entropy is 0."""
+    p = joint.double() / joint.sum()
+    entropy = lambda q: -torch.special.xlogy(q, q).sum()
+    labels, experts = entropy(p.sum(1)), entropy(p.sum(0))
+    return float((labels + experts - entropy(p)) / (labels * experts).sqrt()) if labels > 1e-12 and experts > 1e-12 else 0.0
+
+
+def nmi_and_null(mass, label, unit, draws=100):
+    """[NMI, null mean, null 95 %] of expert with label, for combine mass [N, E], label [N] and unit [N] of N tokens.
+
+    The null permutes labels among the units on which a label is constant: a document for its topic, a token for its class.
+    """
+    units, index = unit.unique(return_inverse=True)
+    shares = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
+    of = label.new_zeros(len(units)).scatter(0, index, label)
+    joint = lambda labels: shares.new_zeros(int(of.max()) + 1, shares.shape[1]).index_add(0, labels, shares)
+    g = seeded("null")
+    null = [nmi(joint(of[torch.randperm(len(of), generator=g)])) for _ in range(draws)]
+    return [nmi(joint(of)), float(np.mean(null)), float(np.quantile(null, 0.95))]
+
+
+@torch.no_grad()
+def specialisation(task, model, data, device):
+    """Of each MoE block on the table's split: {block: {name: [NMI, null mean, null 95 %]}} and {block: {name: joint mass}}."""
+    model.eval()
+    gathered, start = {}, 0
+    for batch in data.split(task.SPLITS[-1]):
+        with precision(device):
+            _, _, routings = task.loss(model, batch)
+        for name, (label, unit, names) in task.labels(batch, data, start).items():
+            for block, routing in routings.items():
+                mass = routing.mass().float().cpu()
+                mass = mass.reshape(len(label), -1, mass.shape[-1]).expand(*label.shape, -1)  # a sequence's on all its tokens
+                known = label.flatten() >= 0
+                parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
+                gathered.setdefault((block, name, len(names)), []).append(parts)
+        start += len(next(iter(batch.values())))
+    found, joints = {}, {}
+    for (block, name, count), parts in gathered.items():
+        mass, label, unit = (torch.cat(column) if column[0] is not None else None for column in zip(*parts))
+        joints.setdefault(block, {})[name] = mass.new_zeros(count, mass.shape[1]).index_add(0, label, mass)
+        if unit is not None and len(label):
+            found.setdefault(block, {})[name] = nmi_and_null(mass, label, unit)
+    return found, joints
 
 
 # ---------------------------------------------------------------- runs
@@ -423,23 +560,45 @@ def run_folder(args):
     return folder
 
 
-def load_run(folder, device):
-    """args, task, data, model and GFLOPs of a finished run. Raises ValueError for a folder that is none."""
-    folder = pathlib.Path(folder)
+def load_files(folder, device):
+    """The flags and the checkpoint of a run. Raises ValueError for a folder that is none."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        saved = argparse.Namespace(**config["flags"], device=device)
+        flags = json.loads((folder / "config.json").read_text())["flags"]
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        device, task, data, model, gflops = build(saved)
-        model.load_state_dict(checkpoint["model"])
-        summary = json.loads((folder / "summary.json").read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no finished run: {pathlib.Path(error.filename).name} is missing") from None
-    except (KeyError, TypeError, json.JSONDecodeError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{folder} cannot be read as a run: {str(error).splitlines()[0]}") from None
+    except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{folder} cannot be read as a run: {error}") from None
     except Exception as error:  # torch.load reports a broken or unsafe file by its own and by pickle's exceptions
         raise ValueError(f"{folder}: the checkpoint cannot be read: {str(error).splitlines()[0]}") from None
-    return saved, task, data, model, device, gflops, summary
+    return argparse.Namespace(**flags, device=device, run=folder), checkpoint
+
+
+def load_run(folder, device):
+    """args, task, data, model, device, GFLOPs and seconds of a finished run. Raises ValueError for a folder that is none."""
+    folder = pathlib.Path(folder)
+    saved, checkpoint = load_files(folder, device)
+    try:
+        seconds = json.loads((folder / "summary.json").read_text())["seconds"]
+        device, task, data, model, gflops = build(saved)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} cannot be read as a run: {str(error).splitlines()[0]}") from None
+    return saved, task, data, model, device, gflops, seconds
+
+
+def sample(args):
+    """Text from a finished run. Raises ValueError for a folder that is none, or that cannot write."""
+    folder = pathlib.Path(args.sample)
+    saved, checkpoint = load_files(folder, args.device)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"--sample {folder}: a run of --task {saved.task} without a tokenizer writes no text")
+    tokenizer, task, device = moe_tokens.Tokenizer.read(folder / "tokenizer.json"), TASKS[saved.task], pick_device(args.device)
+    model = task.build_model(saved, SimpleNamespace(vocab_size=len(tokenizer.pieces), topics=()), make_feed(saved))
+    model.load_state_dict(checkpoint["model"])
+    with dropless(model.to(device).eval()) as differs:
+        notes = ["sampled dropless, trained with a capacity"] * differs + [saved.remark] * bool(saved.remark)
+        return task.sample(args, model, tokenizer, saved) + (f"\n({'; '.join(notes)})" if notes else "")
 
 
 def main(argv=None):
@@ -452,27 +611,105 @@ def main(argv=None):
 
 
 def command(argv):
+    settings = split_flags(argv)
+    if any(len(values) > 1 for values in settings.values()) or settings.get("--router") == ["all"]:
+        return grid(settings)
     parser, args = parse(argv)
     try:
         if args.eval:
-            args, task, data, model, device, gflops, before = load_run(args.eval, args.device)
-            conclude(args, task, model, data, device, gflops, before["seconds"])
-            return 0
-        check(args)
-        device, task, data, model, gflops = build(args)
-        folder = run_folder(args)
-        flags = {name: value for name, value in vars(args).items() if name not in ("device", "out", "overwrite", "eval")}
-        save(folder, "config.json", {"flags": flags, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                                     "numpy": np.__version__, "python": platform.python_version()})
+            args, task, data, model, device, gflops, seconds = load_run(args.eval, args.device)
+            conclude(args, task, model, data, device, gflops, seconds)
+        elif args.sample:
+            print(sample(args))
+        elif args.table:
+            results(args.table)
+        else:
+            check(args)
+            return run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{args.task}, router {args.router}, {data.about}; {device.type}, torch {torch.__version__}, seed {args.seed} -> {folder}")
+    return 0
+
+
+def run(args, folder=None):
+    """One run, into a folder of its own; returns the exit status."""
+    device, task, data, model, gflops = build(args)
+    folder = folder or run_folder(args)
+    flags = {name: value for name, value in vars(args).items() if name not in UNRELATED - {"log_every"}}
+    for name, content in task.files(data).items():
+        save(folder, name, content)
+    save(folder, "config.json", {"flags": flags, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                                 "numpy": np.__version__, "python": platform.python_version()})
+    print(f"{args.task}, router {title(args)}, {data.about}; {device.type}, torch {torch.__version__}, seed {args.seed} -> {folder}")
     done, seconds = fit(args, task, model, data, device, folder)
     if done < args.steps:
         print(f"interrupted after {done} of {args.steps} steps; weights so far are in {folder / 'checkpoint.pt'}")
         return 130
     save(folder, "summary.json", conclude(args, task, model, data, device, gflops, seconds, folder))
     return 0
+
+
+# ---------------------------------------------------------------- grids: the same run, many times
+def split_flags(argv):
+    """{flag: [values]} of a command line; a flag with several values spans an axis of a grid."""
+    settings, values = {}, []
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            values = settings[flag] = [value] if equals else []
+        else:
+            values.append(word)
+    return settings
+
+
+def ignored(setting):
+    """The flags of {flag: value} that mean nothing for its router."""
+    router, task = setting.get("--router", "expert_choice"), TASKS.get(setting.get("--task", "vision"), moe_vision)
+    having = set(ROUTERS[router].defaults) if router in ROUTERS else {"top_k"}
+    none = {"--" + FLAG.get(name, name).replace("_", "-") for name in OPTIONS if name not in having} | task.ignored({"--router": router} | setting)
+    if router == "dense":
+        return none | {"--balance", "--balance-weight", "--z-loss", "--expert-init"} | ({"--top-k"} if setting.get("--dense-match") == "total" else {"--experts"})
+    offers = ROUTERS[router].offers if router in ROUTERS else ()
+    useless = setting.get("--balance") == "bias" and "bias_rate" not in having or setting.get("--balance") in ("vmoe", "switch") and "balance" not in offers
+    return none | {"--dense-match"} | ({"--balance", "--balance-weight"} if useless else set()) | ({"--z-loss"} if "z" not in offers else set())
+
+
+def grid(settings):
+    """Every combination of the values given, a run folder each under --out; finished ones are kept. Ends with the table."""
+    every = settings.get("--router") == ["all"]
+    if every:
+        settings["--router"] = ["dense", *ROUTERS]
+    cells = {}
+    for values in itertools.product(*(v or [None] for v in settings.values())):
+        setting = dict(zip(settings, values))
+        setting = {flag: value for flag, value in setting.items() if flag not in ignored(setting)}
+        parser, args = parse([word for flag, value in setting.items() for word in (flag, value) if word is not None])
+        try:
+            check(args)
+        except ValueError as error:
+            if not every:
+                parser.error(f"{' '.join(f'{flag} {value}' for flag, value in setting.items())}: {error}")
+            print(f"left out: {args.router}: {error}")
+            continue
+        config = json.dumps({name: value for name, value in vars(args).items() if name not in UNRELATED}, sort_keys=True)
+        several = [f"{flag[2:]}_{setting[flag]}" for flag, of in settings.items() if len(of) > 1 and flag in setting and flag not in ("--router", "--seed")]
+        cells[hashlib.sha256(config.encode()).hexdigest()[:8]] = "-".join([args.router, *several, f"seed_{args.seed}"]), args
+    out, status = pathlib.Path(settings.get("--out", ["runs"])[0]), 0
+    out.mkdir(parents=True, exist_ok=True)
+    for code, (name, args) in tqdm(cells.items(), desc="grid", dynamic_ncols=True):
+        folder = next(out.glob(f"*-{code}"), out / f"{name}-{code}")
+        if (folder / "summary.json").exists():
+            continue
+        folder.mkdir(exist_ok=True)
+        try:
+            status = max(status, run(args, folder))
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"{folder} failed: {error}", file=sys.stderr)
+            status = 1
+        if status == 130:
+            return status
+    results(out)
+    return status
 
 
 if __name__ == "__main__":
