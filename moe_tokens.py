@@ -137,6 +137,8 @@ def settle(args, router):
         raise ValueError("--pool and --prefix are for --unit sequence")
     if args.hash_key and args.router != "hash":
         raise ValueError(f"--hash-key is for --router hash, not {args.router}")
+    if wide and torch.distributed.is_initialized():
+        raise ValueError("--unit sequence routes the whole batch as one group; it runs in one process")
     if wide and (router.chooses != "tokens" or not router.causal or router.options.capacity_factor is not None):
         raise ValueError(f"--unit sequence needs a dropless router that judges each sequence alone, not {args.router} with these options: "
                          "one sequence would take another's place")

@@ -187,10 +187,10 @@ class Drawn:
     def probe(self, draw, shots=10):
         """Support (so many shots of each held-out class) and query images of one draw of the few-shot probe."""
         pool = self.draw(1024, HELD_OUT, "probe", draw)
-        return pick_shots(pool, shots, len(HELD_OUT))
+        return pick_shots(pool, shots)
 
 
-def pick_shots(pool, shots, classes):
+def pick_shots(pool, shots):
     """Split a pool of images into the first `shots` of each class and the rest."""
     order = pool["label"].argsort(stable=True)
     rank = torch.arange(len(order), device=order.device) - torch.searchsorted(pool["label"][order], pool["label"][order])
@@ -320,13 +320,13 @@ class Stored:
                 raise ValueError(f"{path}: the {name} part is empty")
         if self.batch_size > len(self.parts["train"][1]):
             raise ValueError(f"--batch-size {self.batch_size} is larger than the data: {len(self.parts['train'][1])} training images")
-        pixels = self.parts["train"][0].float() / 255
+        pixels = self.parts["train"][0].to(torch.get_default_dtype()) / 255
         self.mean, self.std = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None] + 1e-5
         self.image_size = pixels.shape[-1]
         self.about = f"{path.name}: " + ", ".join(f"{len(y)} {name}" for name, (_, y) in self.parts.items()) + f" images, {known} classes"
 
     def ready(self, image, label):
-        return {"image": ((image.float() / 255 - self.mean) / self.std).to(self.device), "label": label.to(self.device)}
+        return {"image": ((image.to(self.mean) / 255 - self.mean) / self.std).to(self.device), "label": label.to(self.device)}
 
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order; each image cropped after padding by an eighth, and flipped in half the cases."""
@@ -351,7 +351,7 @@ class Stored:
     def probe(self, draw, shots=10):
         """A draw of the few-shot probe from the held-out classes (--few-shot): at most 1024 images."""
         order = torch.randperm(len(self.pool[1]), generator=seeded(self.seed, "probe", draw))[:1024]
-        return pick_shots(self.ready(self.pool[0][order], self.pool[1][order]), shots, len(self.few_shot_classes))
+        return pick_shots(self.ready(self.pool[0][order], self.pool[1][order]), shots)
 
 
 # ---------------------------------------------------------------- the few-shot probe

@@ -6,28 +6,37 @@
     python train.py --task tokens --router token_choice         a language MoE on the standard library's text
     python train.py --sample runs/tokens-token_choice-0 --prompt "def "     write on
     python train.py --eval runs/vision-soft-0       evaluate a finished run again
+    python train.py --resume runs/vision-soft-0     go on with one that was stopped, bit for bit
+    torchrun --nproc-per-node 8 train.py ...        the same run on many processes
     python train.py --help                          every flag with its default; they depend on --size and --router
 
 Every random draw comes from (seed, step, what for), so one seed fixes data, weights and order, and there is no random
-state to keep. A run folder holds config.json, metrics.jsonl, checkpoint.pt and summary.json.
+state to keep: a resumed run is the same run, and a process of many draws for the whole batch and takes its part.
+A run folder holds config.json, metrics.jsonl, checkpoint.pt and summary.json.
 """
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import signal
 import sys
 import time
-from contextlib import contextmanager
+import zipfile
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -36,9 +45,9 @@ import moe_vision
 from routers import CHOICES, ROUTERS, MoE, build_router, seeded
 
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
-UNRELATED = {"device", "out", "overwrite", "eval", "sample", "table", "log_every", "run"}  # flags that change no result
+UNRELATED = {"device", "out", "overwrite", "eval", "sample", "table", "resume", "log_every", "save_every", "run"}  # flags that change no result
 DEFAULTS = dict(weight_decay=0.05, warmup=0.1, clip=1.0, grad_accum=1, z_loss=0.0, balance="none", expert_init="independent",
-                dense_match="active")
+                dense_match="active", schedule="cosine", dtype="auto")
 BALANCE = {"none": {}, "vmoe": {"importance": 0.005, "load": 0.005}, "switch": {"balance": 0.01}, "bias": {}}
 BIAS_RATE = 1e-3  # the step of --balance bias (2408.15664)
 OPTIONS = {name: default for router in ROUTERS.values() for name, default in router.defaults.items()}
@@ -106,7 +115,7 @@ def option_flag(parser, name, default):
 def make_parser(task, size, router):
     module = TASKS[task]
     defaults = DEFAULTS | module.SIZES[size] | module.ROUTER_DEFAULTS.get(router, {})
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
                                      epilog=f"Defaults shown are those of --task {task} --size {size} --router {router}.")
     run = parser.add_argument_group("run")
     run.add_argument("--task", choices=TASKS, default="vision", help="what to learn")
@@ -119,9 +128,13 @@ def make_parser(task, size, router):
     run.add_argument("--sample", metavar="RUN_DIR", help="write text with a finished run of --task tokens, then stop")
     run.add_argument("--table", metavar="DIR", help="print and write one table of all finished runs in a folder, then stop")
     run.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
+    run.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped; its flags hold, but for steps, device and intervals")
+    run.add_argument("--dtype", choices=("auto", "float32", "float64", "bfloat16"), help="auto: bfloat16 autocast on CUDA, else float32")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
     run.add_argument("--log-every", type=whole, default=50, help="steps between lines of metrics.jsonl")
-    train = parser.add_argument_group("optimisation: AdamW, warm-up, cosine to 0")
+    run.add_argument("--save-every", type=whole, default=200, help="steps between checkpoints")
+    train = parser.add_argument_group("optimisation: AdamW with warm-up")
+    train.add_argument("--schedule", choices=("cosine", "constant"), help="the learning rate after the warm-up: cosine to 0, or constant")
     for name, kind, about in (("steps", whole, "optimiser steps"), ("batch_size", whole, "examples a step"), ("lr", positive, "peak learning rate"),
                               ("grad_accum", whole, "parts a batch is computed in"), ("warmup", below_1, "share of the steps"),
                               ("weight_decay", at_least_0, "not on norms, biases, positions, routers"), ("clip", positive, "largest gradient norm")):
@@ -148,16 +161,30 @@ def make_parser(task, size, router):
 
 
 def parse(argv):
-    """Flags -> (parser, args). What they say of the task, the size and the router decides the other flags' defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("task", "vision"), ("size", "tiny"), ("router", "expert_choice"), ("balance", None), ("router-weights", None), ("sample", None)):
+    """Flags -> (parser, args). What they say of the task, the size and the router decides the other flags' defaults.
+
+    With --resume, the run's own flags are the defaults, and only some may be given another value.
+    """
+    first = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    for name, default in (("task", "vision"), ("size", "tiny"), ("router", "expert_choice"), ("balance", None), ("router-weights", None),
+                          ("sample", None), ("resume", None)):
         first.add_argument("--" + name, default=default)
     known, _ = first.parse_known_args(argv)
+    try:
+        saved = read_flags(known.resume) if known.resume else {}
+    except ValueError as error:
+        first.error(str(error))
+    known = argparse.Namespace(**vars(known) | saved)
     task = "tokens" if known.sample else known.task if known.task in TASKS else "vision"
     parser = make_parser(task, known.size if known.size in TASKS[task].SIZES else "tiny", known.router)
     if known.router_weights not in (None, "learned") and known.balance is None:
         parser.set_defaults(balance="none")  # there is nothing to balance with
-    return parser, parser.parse_args(argv)
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name, value in saved.items():
+        if getattr(args, name) != value and name not in UNRELATED | {"steps"}:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
+    return parser, args
 
 
 def check(args):
@@ -182,8 +209,8 @@ def check(args):
     for name, weight in loss_weights(args).items():
         if weight and name not in offered:
             raise ValueError(f"--router {args.router} offers no {name} loss" + (f"; it offers {', '.join(offered)}" if offered else ""))
-    if args.batch_size % args.grad_accum:
-        raise ValueError(f"--grad-accum must divide --batch-size {args.batch_size}, got {args.grad_accum}")
+    if args.batch_size % (args.grad_accum * processes()[1]):
+        raise ValueError(f"--grad-accum times the number of processes must divide --batch-size {args.batch_size}, got {args.grad_accum} x {processes()[1]}")
     if args.data == "":
         raise ValueError("--data is empty; leave it away for the built-in data")
     args.remark = TASKS[args.task].settle(args, None if args.router == "dense" else make_router(args))
@@ -202,6 +229,8 @@ def pick_device(name):
         name = next(kind for kind in ("cuda", "mps", "cpu") if here[kind])
     if not here[name]:
         raise ValueError(f"--device {name}: this machine has none; there is {', '.join(kind for kind in here if here[kind])}")
+    if name == "cuda" and dist.is_initialized():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
@@ -227,6 +256,7 @@ def make_feed(args):
 def build(args):
     """Everything a run needs from its flags: device, task, data, model. The first forward gives the GFLOPs of an example."""
     device, task = pick_device(args.device), TASKS[args.task]
+    torch.set_default_dtype(torch.float64 if args.dtype == "float64" else torch.float32)
     data = task.load_data(args, device)
     model = build_model(args, task, data, device)
     one = {name: value[:1] for name, value in next(iter(data.split("validation"))).items()}
@@ -286,14 +316,39 @@ def make_optimizer(args, model, device):
 
 def learning_rate(args, step):
     warm = max(1, round(args.warmup * args.steps))
-    if step < warm:
-        return args.lr * (step + 1) / warm
+    if step < warm or args.schedule == "constant":
+        return args.lr * min(1, (step + 1) / warm)
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
 
 
 # ---------------------------------------------------------------- training and evaluation
-def precision(device):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def precision(args, device):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda")
+
+
+def processes():
+    """This process's number and how many there are: (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(values, device, share=1):
+    """{name: number} summed over all processes, divided by `share`."""
+    if not dist.is_initialized():
+        return values
+    vector = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
+    dist.all_reduce(vector)
+    return dict(zip(values, vector / share))
+
+
+class WholeNoise(TorchFunctionMode):
+    """Inside, a process draws the noise of the whole batch [processes*G, ...] and takes its own part."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        rank, size = processes()
+        if function is not torch.randn_like or size == 1:
+            return function(*args, **(kwargs or {}))
+        own = args[0]
+        return torch.randn(size * len(own), *own.shape[1:], dtype=own.dtype, device=own.device)[rank * len(own) :][: len(own)]
 
 
 def statistics(routings):
@@ -321,89 +376,170 @@ def mean_statistics(several):
 
 
 @torch.no_grad()
-def evaluate(task, model, data, split, device):
-    """Cross-entropy alone, metrics in %, and routing statistics, over a whole split; without noise."""
+def evaluate(args, task, model, data, split, device):
+    """Metrics over a whole split, cross-entropy alone and without noise, routing statistics, and what experts specialise in."""
     model.eval()
-    sums, stats = {}, []
+    sums, stats, gathered, start = {}, [], {}, 0
     for batch in data.split(split):
-        with precision(device):
+        with precision(args, device):
             loss, counts, routings = task.loss(model, batch)
         add(sums, {name: float(value) for name, value in (counts | {"loss": loss * counts["count"]}).items()})
         stats.append(statistics(routings))
-    return {**task.metrics(sums), "blocks": mean_statistics(stats)}
+        for name, (label, unit, names) in task.labels(batch, data, start).items() if split == task.SPLITS[-1] else ():
+            for block, routing in routings.items():
+                mass = routing.mass().float().cpu()
+                mass = mass.reshape(len(label), -1, mass.shape[-1]).expand(*label.shape, -1)  # a sequence's on all its tokens
+                known = label.flatten() >= 0
+                parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
+                gathered.setdefault((block, name, len(names)), []).append(parts)
+        start += len(batch[next(iter(batch))])
+    return {**task.metrics(sums), "blocks": mean_statistics(stats)}, gathered
 
 
-def train_step(args, task, model, optimizer, data, step, device):
-    """One optimiser step: forward and backward of each part of the batch, clip, step, then what no gradient moves."""
+def train_step(args, task, model, optimizer, data, step, device, caught=()):
+    """One optimiser step: forward and backward of each part of the batch, clip, step, then what no gradient moves.
+
+    Returns metrics of the whole batch, the last part's routings, and whether a process has caught a signal. Raises
+    FloatingPointError, before any weight has moved, for a loss or a gradient norm that is not finite.
+    """
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(args, step)
     torch.manual_seed(seeded(args.seed, step, "noise").initial_seed())
-    weights, rows = loss_weights(args), args.batch_size // args.grad_accum
-    sums, losses, seen = {}, {}, []
+    (rank, size), weights, whole = processes(), loss_weights(args), args.batch_size // args.grad_accum
+    rows = whole // size
+    sums, losses, seen = {"stop": len(caught)}, {}, []
     for i in range(args.grad_accum):
-        batch = data.batch(step, part=slice(i * rows, (i + 1) * rows))
-        with precision(device):
-            loss, counts, routings = task.loss(model, batch)
+        batch = data.batch(step, part=slice(i * whole + rank * rows, i * whole + (rank + 1) * rows))
+        with model.no_sync() if size > 1 and i + 1 < args.grad_accum else nullcontext():
+            with precision(args, device), WholeNoise() if size > 1 else nullcontext():
+                loss, counts, routings = task.loss(model, batch)
             terms = {}
             for routing in once(routings):
                 for name, value in routing.losses.items():
                     terms[name] = terms.get(name, 0.0) + value
             objective = loss + sum(weight * terms[name] for name, weight in weights.items() if weight and name in terms)
-        (objective / args.grad_accum).backward()
+            (objective / args.grad_accum).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
         add(losses, {name: value.detach() / args.grad_accum for name, value in terms.items()})
         seen.append(once(routings))
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    sums, losses = total(sums, device), total(losses, device, size)
+    if not torch.isfinite(norm + sums["loss"]):
+        raise FloatingPointError(f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm {float(norm):.3g}; per block "
+                                 f"{json.dumps(statistics(routings))}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for layer, router in enumerate(dict.fromkeys(moe.router for moe in moes(model))):
-        router.update([routings[layer] for routings in seen], seeded(args.seed, step + 1, "router", layer))
-    return {**task.metrics(sums), **losses, "grad_norm": norm}, routings
+        own = [routings[layer] for routings in seen]
+        for routing in own:
+            for name in {"load", "quantile"} & set(vars(routing)) if size > 1 else ():  # what bias and threshold go by
+                setattr(routing, name, total({name: getattr(routing, name)}, device, size)[name])
+        router.update(own, seeded(args.seed, step + 1, "router", layer))
+    return {**task.metrics(sums), **losses, "grad_norm": norm}, routings, bool(sums["stop"])
 
 
 def save(folder, name, content):
-    """Write a file whole or not at all: to a temporary name, then in place of the old one."""
-    part = folder / (name + ".part")
-    if name.endswith(".json"):
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    """Write a file whole or not at all: to a temporary name, flushed, then in place of the old one. Process 0 alone does."""
+    if processes()[0]:
+        return
+    raw = io.BytesIO()
+    if name.endswith(".pt"):
+        torch.save(content, raw)  # in memory first: a full disk then is an OSError like any other
     else:
-        torch.save(content, part)
-    os.replace(part, folder / name)
+        raw.write((content if isinstance(content, str) else json.dumps(content, indent=1) + "\n").encode())
+    part = folder / (name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(raw.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, folder / name)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def fit(args, task, model, data, device, folder):
-    """Train, write metrics.jsonl as it comes, save the checkpoint; returns (steps done, seconds)."""
-    optimizer, start, step = make_optimizer(args, model, device), time.perf_counter(), 0
-    running = torch.compile(model) if args.compile else model
-    with open(folder / "metrics.jsonl", "w") as file, tqdm(total=args.steps, desc=title(args), dynamic_ncols=True) as bar:
+@contextmanager
+def signals():
+    """Inside, Ctrl-C and SIGTERM are kept for the end of the step: a list of the signals caught."""
+    caught = []
+    before = {number: signal.signal(number, lambda got, frame: caught.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def restore(folder, model, optimizer):
+    """Load a run's checkpoint into model and optimizer; returns its step and seconds, metrics.jsonl cut back to that step."""
+    checkpoint = read_checkpoint(folder)
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
+    except Exception as error:
+        raise ValueError(f"{folder}: the checkpoint does not fit the run: {str(error).splitlines()[0]}") from None
+    if checkpoint["versions"] != versions():
+        print(f"the checkpoint is of {checkpoint['versions']}, this is {versions()}: it goes on, but not bit for bit", file=sys.stderr)
+    kept = []
+    for line in (folder / "metrics.jsonl").read_bytes().split(b"\n"):
         try:
-            for step in range(args.steps):
-                logged, routings = train_step(args, task, running, optimizer, data, step, device)
-                if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-                    line = {"step": step + 1, **remarked(args), **{name: float(value) for name, value in logged.items()}, "blocks": statistics(routings)}
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    rate = (step + 1) * args.batch_size / (time.perf_counter() - start)
-                    shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "bits_per_byte") if name in line}
-                    bar.set_postfix(shown | {f"{task.UNIT}/s": f"{rate:.0f}"})
-                bar.update()
-            done = args.steps
-        except KeyboardInterrupt:
-            done = step
-    seconds = time.perf_counter() - start
-    save(folder, "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "args": vars(args)})
-    return done, seconds
+            values = json.loads(line)
+            if values["step"] <= step and "split" not in values:
+                kept.append(line.decode() + "\n")
+        except (ValueError, KeyError, TypeError):
+            pass  # half a line
+    save(folder, "metrics.jsonl", "".join(kept))
+    return step, seconds
+
+
+def versions():
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
+
+
+def fit(args, task, model, data, device, folder, resumed=False):
+    """Train from the start or the checkpoint on, write metrics.jsonl and checkpoints; returns (steps done, seconds, signal or 0)."""
+    optimizer = make_optimizer(args, model, device)
+    step, before = restore(folder, model, optimizer) if resumed else (0, 0.0)
+    running = DistributedDataParallel(model) if dist.is_initialized() else model
+    running = torch.compile(running) if args.compile else running
+    start, saved, stop = time.perf_counter(), step, False
+    keep = lambda: save(folder, "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                                  "seconds": before + time.perf_counter() - start, "versions": versions()})
+    with (open(os.devnull if processes()[0] else folder / "metrics.jsonl", "a" if resumed else "w") as file, signals() as caught,
+          tqdm(total=args.steps, initial=step, desc=title(args), dynamic_ncols=True) as bar):
+        while step < args.steps and not stop:
+            try:
+                logged, routings, stop = train_step(args, task, running, optimizer, data, step, device, caught)
+            except FloatingPointError as error:
+                good = f"the checkpoint of step {saved} in {folder} is the last good one" if saved else "no checkpoint was saved before"
+                raise FloatingPointError(f"diverged at {error}; {good}") from None
+            step += 1
+            bar.update()
+            if step % args.log_every == 0 or step == args.steps:
+                line = {"step": step, **remarked(args), **{name: float(value) for name, value in logged.items()}, "blocks": statistics(routings)}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                rate = (step - bar.initial) * args.batch_size / (time.perf_counter() - start)
+                shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "bits_per_byte") if name in line}
+                bar.set_postfix(shown | {f"{task.UNIT}/s": f"{rate:.0f}"})
+            if step % args.save_every == 0 or step == args.steps or stop:
+                keep()
+                saved = step
+    return step, before + time.perf_counter() - start, (caught or [signal.SIGTERM])[0] if stop else 0
 
 
 def conclude(args, task, model, data, device, gflops, seconds, folder=None):
     """Evaluate and probe; write the last lines of metrics.jsonl and the summary; print the table."""
-    result = {split: evaluate(task, model, data, split, device) for split in task.SPLITS}
+    result = {}
+    for split in task.SPLITS:
+        result[split], gathered = evaluate(args, task, model, data, split, device)
     with dropless(model) as differs:
         if differs:
-            result[task.SPLITS[-1] + "_dropless"] = evaluate(task, model, data, task.SPLITS[-1], device)
+            result[split + "_dropless"], _ = evaluate(args, task, model, data, split, device)
     total, active = parameters(model)
-    found, joints = specialisation(task, model, data, device)
+    found, joints = specialisation(gathered)
     summary = {"router": title(args), **result, **task.report(args, model, data, lambda: build_model(args, task, data, device)), "specialisation": found,
                "parameters": total, "active_parameters": active, "gflops": gflops, "steps": args.steps}
     if folder:
@@ -518,22 +654,8 @@ def nmi_and_null(mass, label, unit, draws=100):
     return [nmi(joint(of)), float(np.mean(null)), float(np.quantile(null, 0.95))]
 
 
-@torch.no_grad()
-def specialisation(task, model, data, device):
-    """Of each MoE block on the table's split: {block: {name: [NMI, null mean, null 95 %]}} and {block: {name: joint mass}}."""
-    model.eval()
-    gathered, start = {}, 0
-    for batch in data.split(task.SPLITS[-1]):
-        with precision(device):
-            _, _, routings = task.loss(model, batch)
-        for name, (label, unit, names) in task.labels(batch, data, start).items():
-            for block, routing in routings.items():
-                mass = routing.mass().float().cpu()
-                mass = mass.reshape(len(label), -1, mass.shape[-1]).expand(*label.shape, -1)  # a sequence's on all its tokens
-                known = label.flatten() >= 0
-                parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
-                gathered.setdefault((block, name, len(names)), []).append(parts)
-        start += len(next(iter(batch.values())))
+def specialisation(gathered):
+    """From evaluate's: {block: {name: [NMI, null mean, null 95 %]}} and the joint masses {block: {name: [labels, E]}}."""
     found, joints = {}, {}
     for (block, name, count), parts in gathered.items():
         mass, label, unit = (torch.cat(column) if column[0] is not None else None for column in zip(*parts))
@@ -555,33 +677,47 @@ def run_folder(args):
         if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
             raise ValueError(f"--out {folder} is not empty; choose another or say --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("summary.json", "checkpoint.pt"):
+    for old in ("summary.json", "checkpoint.pt"):  # of an earlier run
         (folder / old).unlink(missing_ok=True)
     return folder
 
 
-def load_files(folder, device):
-    """The flags and the checkpoint of a run. Raises ValueError for a folder that is none."""
+def read_flags(folder):
+    """The flags of a run, {name: value}. Raises ValueError for a folder that is none."""
+    path = pathlib.Path(folder) / "config.json"
     try:
-        flags = json.loads((folder / "config.json").read_text())["flags"]
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no finished run: {pathlib.Path(error.filename).name} is missing") from None
-    except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{folder} cannot be read as a run: {error}") from None
-    except Exception as error:  # torch.load reports a broken or unsafe file by its own and by pickle's exceptions
-        raise ValueError(f"{folder}: the checkpoint cannot be read: {str(error).splitlines()[0]}") from None
-    return argparse.Namespace(**flags, device=device, run=folder), checkpoint
+        flags = json.loads(path.read_text())["flags"]
+        return vars(argparse.Namespace(**flags)) if flags["task"] in TASKS else flags["a task that is none"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no run: config.json is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no run's: {error}") from None
+
+
+def read_checkpoint(folder):
+    """A run's checkpoint, read without running any code in it. Raises ValueError for one that is missing, broken or unsafe."""
+    path = pathlib.Path(folder) / "checkpoint.pt"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("its checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no finished run: checkpoint.pt is missing") from None
+    except Exception as error:  # zipfile, torch.load and pickle report a broken or unsafe file by many exceptions
+        raise ValueError(f"{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0].split('. ')[0]}") from None
 
 
 def load_run(folder, device):
     """args, task, data, model, device, GFLOPs and seconds of a finished run. Raises ValueError for a folder that is none."""
     folder = pathlib.Path(folder)
-    saved, checkpoint = load_files(folder, device)
+    saved, checkpoint = argparse.Namespace(**read_flags(folder), device=device, run=folder), read_checkpoint(folder)
     try:
         seconds = json.loads((folder / "summary.json").read_text())["seconds"]
         device, task, data, model, gflops = build(saved)
         model.load_state_dict(checkpoint["model"])
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no finished run: {pathlib.Path(error.filename).name} is missing") from None
     except (KeyError, TypeError, AttributeError, RuntimeError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} cannot be read as a run: {str(error).splitlines()[0]}") from None
     return saved, task, data, model, device, gflops, seconds
@@ -590,7 +726,7 @@ def load_run(folder, device):
 def sample(args):
     """Text from a finished run. Raises ValueError for a folder that is none, or that cannot write."""
     folder = pathlib.Path(args.sample)
-    saved, checkpoint = load_files(folder, args.device)
+    saved, checkpoint = argparse.Namespace(**read_flags(folder)), read_checkpoint(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample {folder}: a run of --task {saved.task} without a tokenizer writes no text")
     tokenizer, task, device = moe_tokens.Tokenizer.read(folder / "tokenizer.json"), TASKS[saved.task], pick_device(args.device)
@@ -603,11 +739,17 @@ def sample(args):
 
 def main(argv=None):
     """Run the command line; returns the exit status. Ctrl-C outside the training loop has nothing to save."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        return command(argv)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if processes()[0] else sys.stdout), redirect_stderr(nowhere if processes()[0] else sys.stderr):
+            return command(argv)
     except KeyboardInterrupt:
         print("interrupted; what was written before stays", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def command(argv):
@@ -623,6 +765,8 @@ def command(argv):
             print(sample(args))
         elif args.table:
             results(args.table)
+        elif args.resume:
+            return run(args, pathlib.Path(args.resume))
         else:
             check(args)
             return run(args)
@@ -632,20 +776,26 @@ def command(argv):
 
 
 def run(args, folder=None):
-    """One run, into a folder of its own; returns the exit status."""
+    """One run, into a folder of its own or on from the checkpoint in `folder`; returns the exit status."""
+    resumed = folder is not None and (args.resume is not None or (folder / "checkpoint.pt").exists())
+    args.run = folder if resumed else None
     device, task, data, model, gflops = build(args)
-    folder = folder or run_folder(args)
-    flags = {name: value for name, value in vars(args).items() if name not in UNRELATED - {"log_every"}}
+    folder = folder or (pathlib.Path(os.devnull) if processes()[0] else run_folder(args))
+    flags = {name: value for name, value in vars(args).items() if name not in UNRELATED - {"log_every", "save_every"}}
     for name, content in task.files(data).items():
         save(folder, name, content)
-    save(folder, "config.json", {"flags": flags, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                                 "numpy": np.__version__, "python": platform.python_version()})
+    save(folder, "config.json", {"flags": flags, "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1]} | versions())
     print(f"{args.task}, router {title(args)}, {data.about}; {device.type}, torch {torch.__version__}, seed {args.seed} -> {folder}")
-    done, seconds = fit(args, task, model, data, device, folder)
-    if done < args.steps:
-        print(f"interrupted after {done} of {args.steps} steps; weights so far are in {folder / 'checkpoint.pt'}")
-        return 130
-    save(folder, "summary.json", conclude(args, task, model, data, device, gflops, seconds, folder))
+    try:
+        done, seconds, caught = fit(args, task, model, data, device, folder, resumed)
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    if caught:
+        print(f"interrupted after {done} of {args.steps} steps; --resume {folder} goes on from there")
+        return 128 + caught
+    if processes()[0] == 0:
+        save(folder, "summary.json", conclude(args, task, model, data, device, gflops, seconds, folder))
     return 0
 
 
@@ -706,7 +856,7 @@ def grid(settings):
         except (ValueError, OSError, RuntimeError) as error:
             print(f"{folder} failed: {error}", file=sys.stderr)
             status = 1
-        if status == 130:
+        if status > 128:
             return status
     results(out)
     return status
