@@ -1,27 +1,29 @@
 """What routers.py promises, one test a promise: `pytest -q test_routers.py` (CPU, under a minute, nothing downloaded).
 
-Axes as in routers.py: G groups, T tokens, D width, E experts, C slots, K choices. Numbers are compared in float64. What is
-parametrised over ROUTERS, or by @each, tests a router that you add as it is; for its values, write its worked example (WORKED)
-and its slow twin (SLOW).
+Axes as in routers.py: G groups, T tokens, D width, E experts, C slots, K choices. Numbers are compared in float64. What is parametrised
+over ROUTERS, or by @each, tests a router that you add as it is; for its values, write its worked example (WORKED) and slow twin (SLOW).
 """
-import ast
-import copy
+import collections
 import hashlib
-import http.server
-import importlib.util
 import inspect
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
+import pickle
 import random
 import re
+import runpy
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import moe_tokens
 import moe_vision
 import routers
 import train
@@ -45,6 +48,7 @@ def those(held):
 
 HARD, TOKENS_CHOOSE = those(lambda kind: kind.chooses != "soft"), those(lambda kind: kind.chooses == "tokens")
 WEIGHED, NOISY = those(lambda kind: "weights" in kind.defaults), those(lambda kind: "noise_std" in kind.defaults)
+ROOT = pathlib.Path(__file__).parent
 LEARNED = [name for name in ROUTERS if list(build_router(name, 4, 2).parameters())]
 
 
@@ -77,23 +81,20 @@ def layer(name, x, num_experts, seed=0, init="independent", **options):
 def plain(name, num_experts, **options):
     """The router alone with logits = x: D = E, and the identity as its weight."""
     router = build_router(name, num_experts, num_experts, **options).double()
-    nn.init.eye_(router.gate.weight)
+    if name in WEIGHED:
+        nn.init.eye_(router.gate.weight)
     return router
 
 
 def same(got, want, within=1e-12):
-    torch.testing.assert_close(got, torch.as_tensor(want, dtype=torch.float64) if isinstance(want, (float, list)) else want,
-                               rtol=0, atol=within)
-
-
-def gradients(loss, leaves):
-    return torch.autograd.grad(loss, leaves, materialize_grads=True)
+    want = torch.as_tensor(want, dtype=torch.float64) if isinstance(want, (float, list)) else want
+    torch.testing.assert_close(got, want, rtol=0, atol=within)
 
 
 def alike(R, leaves, got, want, within=1e-12):
     """The same values, and from the last of each the same gradients of sum(R * value)."""
-    for one, other in zip([*got, *gradients((R * got[-1]).sum(), leaves)], [*want, *gradients((R * want[-1]).sum(), leaves)]):
-        same(one, other, within)
+    gradients = lambda values: torch.autograd.grad((R * values[-1]).sum(), leaves, materialize_grads=True)
+    same((*got, *gradients(got)), (*want, *gradients(want)), within)
 
 
 # ---------------------------------------------------------------- worked examples: 3 tokens, 3 experts, 2 slots each
@@ -118,8 +119,7 @@ WORKED = [  # router, options, numbers, {(token, expert, slot): gate}
     ("sparse_token_choice", dict(top_k=2, combine="plan"), TURNS,
      {(0, 0, 0): .6, (0, 1, 0): .4, (1, 1, 1): .6, (1, 2, 0): .4, (2, 2, 1): .6, (2, 0, 1): .4}),
     # Columns .5 .6 .7, .3 .1 .2 and .2 .3 .1: the two largest of each, falling.
-    ("expert_choice", dict(capacity_factor=2), GATES,
-     {(2, 0, 0): .7, (1, 0, 1): .6, (0, 1, 0): .3, (2, 1, 1): .2, (1, 2, 0): .3, (0, 2, 1): .2}),
+    ("expert_choice", dict(capacity_factor=2), GATES, {(2, 0, 0): .7, (1, 0, 1): .6, (0, 1, 0): .3, (2, 1, 1): .2, (1, 2, 0): .3, (0, 2, 1): .2}),
     # Columns of the plan: .6 .3 .1 takes 0, 1; .3 .2 .5 takes 2, 0; .1 .5 .4 takes 1, 2. Softmax weighs.
     ("sinkhorn_expert_choice", dict(capacity_factor=2), CROWD,
      {(0, 0, 0): .9, (1, 0, 1): .72, (2, 1, 0): 1 / 3, (0, 1, 1): .075, (1, 2, 0): .2, (2, 2, 1): 4 / 15}),
@@ -127,42 +127,30 @@ WORKED = [  # router, options, numbers, {(token, expert, slot): gate}
     ("sparse_expert_choice", dict(capacity_factor=2, combine="plan"), TURNS,
      {(0, 0, 0): .6, (2, 0, 1): .4, (1, 1, 0): .6, (0, 1, 1): .4, (2, 2, 0): .6, (1, 2, 1): .4}),
     # Thresholds start at 1/3: token 0 passes at 0, 1 at 0 and 1, 2 at 0 (whose two slots are gone) and 1.
-    ("expert_threshold", {}, [[.5, .3, .2], [.4, .4, .2], [.45, .35, .2]],
-     {(0, 0, 0): .5, (1, 0, 1): .4, (1, 1, 0): .4, (2, 1, 1): .35}),
+    ("expert_threshold", {}, [[.5, .3, .2], [.4, .4, .2], [.45, .35, .2]], {(0, 0, 0): .5, (1, 0, 1): .4, (1, 1, 0): .4, (2, 1, 1): .35}),
+    # Keys 0, 2, 4 of a table 1 0 2. Key 0 goes to 1 and the next, 2; key 2 to 2 and 0; 4 mod 3 = 1 and 2, where it is third.
+    ("hash", dict(top_k=2, num_keys=3), GATES, {(0, 1, 0): .5, (0, 2, 0): .5, (1, 2, 1): .5, (1, 0, 0): .5, (2, 1, 1): .5}),
 ]
 
 
 @pytest.mark.parametrize("name, options, numbers, seats", WORKED)
 def test_a_router_fills_the_tensors_as_worked_out_by_hand(name, options, numbers, seats):
-    tensors = plain(name, 3, **options)(torch.tensor([numbers], dtype=torch.float64).log()).tensors()
-    want = torch.zeros(2, 1, 3, 3, 2, dtype=torch.float64)
+    router, want = plain(name, 3, **options), torch.zeros(2, 1, 3, 3, 2, dtype=torch.float64)
+    router.load_state_dict({"table": torch.tensor([1, 0, 2])} if name == "hash" else {}, strict=False)
+    tensors = router(torch.tensor([numbers], dtype=torch.float64).log(), torch.tensor([[0, 2, 4]])).tensors()
     for seat, gate in seats.items():
         want[0, 0][seat], want[1, 0][seat] = 1, gate
     same(torch.stack(tensors), want, 1e-9)  # the sparse solver's one step moves a price by 1e-10
 
 
-def test_hash_fills_the_tensors_as_worked_out_by_hand():
-    router = build_router("hash", 3, 3, top_k=2, num_keys=3)
-    router.table.copy_(torch.tensor([1, 0, 2]))
-    dispatch, combine = router(draw(1, 3, 3), key=torch.tensor([[0, 2, 4]])).tensors()
-    # Key 0 goes to 1 and the next, 2; key 2 to 2 and 0; key 4 is not in the table: 4 mod 3 = 1, and 2, where it is third.
-    want = torch.zeros(1, 3, 3, 2, dtype=torch.float64)
-    for token, expert, slot in (0, 1, 0), (0, 2, 0), (1, 2, 1), (1, 0, 0), (2, 1, 1):
-        want[0, token, expert, slot] = 1
-    same(dispatch, want)
-    same(combine, want / 2)
-
-
 def test_soft_fills_the_tensors_as_worked_out_by_hand():
     router = build_router("soft", 3, 3, slots=2).double()
     axes = F.one_hot(torch.tensor([[0, 1], [2, 0], [1, 2]])).permute(2, 0, 1).double()  # [D, E, C]: each axis has two slots
-    with torch.no_grad():
-        router.phi.copy_(axes)
-        router.scale.fill_(math.log(2) * (1 + 1e-6))  # undoes the 1e-6 under both roots
+    scale = torch.tensor(math.log(2) * (1 + 1e-6), dtype=torch.float64)  # undoes the 1e-6 under both roots
+    router.load_state_dict({"phi": axes, "scale": scale})
     dispatch, combine = router(torch.eye(3, dtype=torch.float64)[None]).tensors()
     # exp(logits) is 2 where token and slot point the same way, else 1. A slot: 2 / (2+1+1). A token: 2 / (2+2+1+1+1+1).
-    same(dispatch[0], (1 + axes) / 4)
-    same(combine[0], (1 + axes) / 8)
+    same((dispatch[0], combine[0]), ((1 + axes) / 4, (1 + axes) / 8))
 
 
 # ---------------------------------------------------------------- every router again, as slow loops
@@ -232,23 +220,26 @@ def budget(router, tokens, times=1):
     return None if o.capacity_factor is None else math.ceil(times * tokens * o.top_k * o.capacity_factor / router.num_experts)
 
 
-def slow_choice(scores):
-    """Token choice or expert choice by these scores(options, logits, gates, capacity) -> [T][E]."""
-    def route(router, x, key):
-        o, T, E, K, C = router.options, len(x), router.num_experts, router.options.top_k, budget(router, len(x))
-        logits = [[sum(a * b for a, b in zip(token, weight)) for weight in router.gate.weight] for token in x]
-        gates = [slow_softmax(row) for row in logits]
-        decide = scores(o, logits, gates, C)
-        weigh = decide if getattr(o, "combine", "") == "plan" else gates
-        if router.chooses == "experts":
-            return [[{t: (1.0, weigh[t][e])} for t in best(column, C)] for e, column in enumerate(zip(*decide))]
-        bias = router.bias if o.bias_rate else [0] * E
-        picks = [best([score + push for score, push in zip(row, bias)], K) for row in decide]
-        order = best([max(row) for row in decide]) if o.priority == "gate" else range(T)
-        pairs = [(t, k) for t in order for k in range(K)] if o.priority == "token" else [(t, k) for k in range(K) for t in order]
-        total = [sum(weigh[t][e] for e in picks[t]) if o.renormalize else 1 for t in range(T)]
-        return slow_queue([(picks[t][k], t, weigh[t][picks[t][k]] / total[t]) for t, k in pairs], E, C)
-    return route
+def slow_choice(router, x, key):
+    """Token choice or expert choice by the softmax, a Sinkhorn plan or a sparse plan."""
+    o, T, E, K, C = router.options, len(x), router.num_experts, router.options.top_k, budget(router, len(x))
+    logits = [[sum(a * b for a, b in zip(token, weight)) for weight in router.gate.weight] for token in x]
+    decide = gates = [slow_softmax(row) for row in logits]
+    if isinstance(router, routers.Sparse) and router.chooses == "experts":
+        decide = slow_sparse(gates, C, T / E, o.iterations)
+    elif isinstance(router, routers.Sparse):  # tokens and experts exchanged: a token has mass 1
+        decide = list(zip(*slow_sparse(list(zip(*gates)), K, 1.0, o.iterations)))
+    elif isinstance(router, routers.Sinkhorn):
+        decide = slow_sinkhorn(logits, o.iterations)
+    weigh = decide if getattr(o, "combine", "") == "plan" else gates
+    if router.chooses == "experts":
+        return [[{t: (1.0, weigh[t][e])} for t in best(column, C)] for e, column in enumerate(zip(*decide))]
+    bias = router.bias if o.bias_rate else [0] * E
+    picks = [best([score + push for score, push in zip(row, bias)], K) for row in decide]
+    order = best([max(row) for row in decide]) if o.priority == "gate" else range(T)
+    pairs = [(t, k) for t in order for k in range(K)] if o.priority == "token" else [(t, k) for k in range(K) for t in order]
+    total = [sum(weigh[t][e] for e in picks[t]) if o.renormalize else 1 for t in range(T)]
+    return slow_queue([(picks[t][k], t, weigh[t][picks[t][k]] / total[t]) for t, k in pairs], E, C)
 
 
 def slow_soft(router, x, key):
@@ -273,34 +264,12 @@ def slow_threshold(router, x, key):
     return slow_queue(line, E, budget(router, len(x), times=2))
 
 
-by_softmax = slow_choice(lambda o, logits, gates, C: gates)
-by_sinkhorn = slow_choice(lambda o, logits, gates, C: slow_sinkhorn(logits, o.iterations))
-by_sparse_columns = slow_choice(lambda o, logits, gates, C: slow_sparse(gates, C, len(gates) / len(gates[0]), o.iterations))
-by_sparse_rows = slow_choice(  # tokens and experts exchanged: a token has mass 1
-    lambda o, logits, gates, C: list(zip(*slow_sparse(list(zip(*gates)), o.top_k, 1.0, o.iterations))))
-SLOW = {"token_choice": by_softmax, "sinkhorn_token_choice": by_sinkhorn, "sparse_token_choice": by_sparse_rows,
-        "expert_choice": by_softmax, "sinkhorn_expert_choice": by_sinkhorn, "sparse_expert_choice": by_sparse_columns,
-        "soft": slow_soft, "hash": slow_hash, "expert_threshold": slow_threshold}
+SLOW = {"soft": slow_soft, "hash": slow_hash, "expert_threshold": slow_threshold} | {
+    f"{scores}{who}_choice": slow_choice for scores in ("", "sinkhorn_", "sparse_") for who in ("token", "expert")}
 
 
 def slow_expert(experts, e, z):
-    """Expert e as an ordinary FFN that borrows its weights (nn.Linear keeps them [out, in])."""
-    (_, dim, hidden), linear = experts.w1.shape, lambda *axes: nn.Linear(*axes, device="meta")
-    ffn = nn.Sequential(linear(dim, hidden), nn.GELU(), linear(hidden, dim))
-    weights = experts.w1[e].T, experts.b1[e, 0], experts.w2[e].T, experts.b2[e, 0]
-    return torch.func.functional_call(ffn, dict(zip(dict(ffn.named_parameters()), weights)), z)
-
-
-def slow_layer(moe, x, groups):
-    """y by the two sums of routers.py's first lines, one slot after the other; groups[g][e][c] is a slot."""
-    y = [[torch.zeros_like(token) for token in tokens] for tokens in x]
-    for g, experts in enumerate(groups):
-        for e, slots in enumerate(experts):
-            for slot in slots:
-                out = slow_expert(moe.experts, e, sum(weight * x[g, t] for t, (weight, _) in slot.items()))
-                for t, (_, weight) in slot.items():
-                    y[g][t] = y[g][t] + weight * out
-    return torch.stack([torch.stack(tokens) for tokens in y])
+    return F.gelu(z @ experts.w1[e] + experts.b1[e, 0]) @ experts.w2[e] + experts.b2[e, 0]
 
 
 SIZES = [(7, 3, dict(top_k=2, capacity_factor=1.0)), (6, 4, dict(top_k=2, capacity_factor=0.5, renormalize=True, bias_rate=0.1)),
@@ -319,77 +288,54 @@ def test_tensors_and_layer_equal_plain_loops_in_values_and_gradients(name, optio
         if buffer.is_floating_point():  # a bias, a threshold
             buffer -= draw(E, seed=2).abs() / 20
     y, routing = moe(x, key)
-    groups = [SLOW[name](moe.router, x[g], key[g]) for g in range(2)]
-    want = torch.zeros(2, *routing.tensors()[0].shape, dtype=torch.float64)
-    for g, experts in enumerate(groups):
-        for e, c, t in ((e, c, t) for e, slots in enumerate(experts) for c, slot in enumerate(slots) for t in slot):
-            want[0, g, t, e, c], want[1, g, t, e, c] = map(number, experts[e][c][t])
     got = torch.stack(routing.tensors())
+    want, slow_y = torch.zeros_like(got), torch.zeros_like(x)
+    for g in range(2):  # the two sums of routers.py's first lines, one slot after the other
+        slots = SLOW[name](moe.router, x[g], key[g])
+        for e, c, slot in ((e, c, slot) for e in range(E) for c, slot in enumerate(slots[e])):
+            out = slow_expert(moe.experts, e, sum(weight * x[g, t] for t, (weight, _) in slot.items()))
+            for t, weights in slot.items():
+                want[0, g, t, e, c], want[1, g, t, e, c] = map(number, weights)
+                slow_y[g, t] = slow_y[g, t] + weights[1] * out
     if E == 1:  # every plan is 1 but for rounding, so the order of its slots means nothing
         got, want = got.sum(-1), want.sum(-1)
-    alike(draw(2, T, 4, seed=1), [x, *moe.parameters()], [got, y], [want, slow_layer(moe, x, groups)],
-          1e-10 if "iterations" in ROUTERS[name].defaults else 1e-12)
-
-
-@each(HARD, top_k=[2], capacity_factor=[0.5, 2.0, None], combine=["plan"])
-def test_the_index_form_equals_the_tensor_form_in_values_and_gradients(name, options):
-    x = draw(3, 7, 6).requires_grad_()
-    moe = layer(name, x, 4, **options)
-    y, routing = moe(x)
-    tensors = Routing(*moe.router(x).tensors(), routing.load)
-    want, used = moe(x, routing=tensors)
-    alike(draw(3, 7, 6, seed=1), [x, *moe.parameters()], [routing.dispatch(x), routing.mass(), y],
-          [tensors.dispatch(x), tensors.mass(), want])
-    assert used is tensors and torch.equal(routing.counts(), tensors.counts())
-
-
-@pytest.mark.parametrize("E, G, C", [(4, 2, 3), (1, 3, 1), (5, 1, 2)])
-def test_batched_experts_equal_a_loop_over_experts_in_values_and_gradients(E, G, C):
-    experts, slots = Experts(E, 6, 9).double(), draw(G, E, C, 6).requires_grad_()
-    want = torch.stack([slow_expert(experts, e, slots[:, e]) for e in range(E)], 1)
-    alike(draw(G, E, C, 6, seed=1), [slots, *experts.parameters()], [experts(slots)], [want])
+    alike(draw(2, T, 4, seed=1), [x, *moe.parameters()], [got, y], [want, slow_y], 1e-10 if "iterations" in ROUTERS[name].defaults else 1e-12)
 
 
 # ---------------------------------------------------------------- numbers that published code gives
-# Computed by google-research/vmoe, commit 942a78bc81d2e63199f0933733582ddae0715416, on random tokens: logits (row by row),
-# the token in each slot (T where empty), the combine weight of each slot. All but the tokens are times 10^4 and rounded,
-# so weights are held to 1e-4.
+# By google-research/vmoe, commit 942a78bc81d2e63199f0933733582ddae0715416, on random tokens: logits row by row, the token in each
+# slot (T where empty), the combine weight of each slot. All but the tokens are times 10^4 and rounded: weights are held to 1e-4.
 PUBLISHED = [
     ("token_choice", dict(top_k=2, priority="choice"), 3,
-     "-28312 -24384 -38756 21952 25999 -8012 -1628 -14074 -22263 -2320 -29752 -7233 19031 12912 -3443 -11453 -2021 -7223 7238 "
-     "12196 23126 691 5291 2808 -10714 5559 -3358 17090 -9737 -22985",
+     "-28312 -24384 -38756 21952 25999 -8012 -1628 -14074 -22263 -2320 -29752 -7233 19031 12912 -3443 -11453 -2021 -7223 7238 12196 23126 691 5291 "
+     "2808 -10714 5559 -3358 17090 -9737 -22985",
      "2 3 4 9 0 1 10  0 1 5 7 8 2 4  6 3 5 7 8 10 10",
      "7067 5966 6068 9203 3530 3923 0 5228 5880 5041 4147 6225 2036 3291 6496 3650 2996 3235 2552 0 0"),
     ("sinkhorn_token_choice", dict(priority="gate", combine="plan"), 4,
-     "-23408 24252 -6480 -23535 -21379 23761 -3857 -26140 37206 -21563 11654 -1332 -21758 5534 -22058 1253 10054 -9283 -4385 "
-     "10015 13030 -2706 -14617 -7337 9816 -9347 5125 2271 -21540 20461 -18652 -23131 12765 541 13036 -13207 36275 -10346 -226 "
-     "-3439 15011 1634 3138 -4554 4276 -3390 -834 -2276 -21219 -4661 3338 16562 -7452 -16823 -5168 -594 -19691 -16078 -16462 "
-     "-12242 12059 12814 -2869 -4777",
-     "9 2 5 10  7 0 1 15  8 6 11 16  12 4 3 13",
-     "8766 7678 5680 3830 9073 8607 8269 3489 6815 4535 3990 0 7224 5751 5545 4878"),
+     "-23408 24252 -6480 -23535 -21379 23761 -3857 -26140 37206 -21563 11654 -1332 -21758 5534 -22058 1253 10054 -9283 -4385 10015 13030 -2706 "
+     "-14617 -7337 9816 -9347 5125 2271 -21540 20461 -18652 -23131 12765 541 13036 -13207 36275 -10346 -226 -3439 15011 1634 3138 -4554 4276 -3390 "
+     "-834 -2276 -21219 -4661 3338 16562 -7452 -16823 -5168 -594 -19691 -16078 -16462 -12242 12059 12814 -2869 -4777",
+     "9 2 5 10  7 0 1 15  8 6 11 16  12 4 3 13", "8766 7678 5680 3830 9073 8607 8269 3489 6815 4535 3990 0 7224 5751 5545 4878"),
     ("expert_choice", dict(capacity_factor=2), 3,
-     "-21 14883 -8791 5494 -10009 -9856 -8274 -17701 -44 -15632 -513 -2047 -11514 21622 -46325 -6418 -21878 -5759 14570 8800 "
-     "47513 -5063 -4604 17616 7713 1483 49262 7821 14683 23416",
+     "-21 14883 -8791 5494 -10009 -9856 -8274 -17701 -44 -15632 -513 -2047 -11514 21622 -46325 -6418 -21878 -5759 14570 8800 47513 -5063 -4604 "
+     "17616 7713 1483 49262 7821 14683 23416",
      "1 5 2 0 9 3 7  4 0 3 9 1 2 5  8 6 7 2 9 5 3",
      "7005 4384 2727 1708 1292 1061 854 9639 7582 4812 2565 1486 1062 934 9765 9452 8251 6210 6143 4682 4127"),
     ("sinkhorn_expert_choice", dict(capacity_factor=1.5, combine="plan"), 6,
-     "4235 -5562 -4791 -7985 -11625 -5974 9375 -4499 -1620 -597 -2569 25047 -34334 -1986 12839 8607 -26213 -36388 -16493 10625 "
-     "11101 3259 -10830 -10283 -16631 13514 -7697 27716 -3106 -17209 4373 15264 2355 9973 13413 -48 16769 -279 -6148 2859 8853 "
-     "-6147 -24215 17583 1922 11283 -14612 -2693 175 2303 -13176 11886 5626 18327 16705 19254 13918 682 22914 20674 13407 -8573 "
-     "8652 4857 3460 18196 5524 -3656 -6853 8225 6946 22716 9324 -1280 3057 -656 7545 -2341 -535 4357 -13860 14739 1669 -5394 "
-     "20537 -2694 -18684 4320 13454 1543 27566 12333 204 4596 45976 24386 -22679 7888 5373 -4618 -38466 -3622 10643 7452 -10024 "
-     "25676 11638 49881 9677 -5829 7256 -12568 -900 -15618 -3777 619 14483 -668 -13302 -15742 12562 1281 -1343 10977 29513 "
-     "16655 22954 -5385 -3956 2775 33430 8873 -14192 7127 -7516 -39 4018 -23907 -568 -7715 5547 8776 -437 9172",
+     "4235 -5562 -4791 -7985 -11625 -5974 9375 -4499 -1620 -597 -2569 25047 -34334 -1986 12839 8607 -26213 -36388 -16493 10625 11101 3259 -10830 "
+     "-10283 -16631 13514 -7697 27716 -3106 -17209 4373 15264 2355 9973 13413 -48 16769 -279 -6148 2859 8853 -6147 -24215 17583 1922 11283 -14612 "
+     "-2693 175 2303 -13176 11886 5626 18327 16705 19254 13918 682 22914 20674 13407 -8573 8652 4857 3460 18196 5524 -3656 -6853 8225 6946 22716 "
+     "9324 -1280 3057 -656 7545 -2341 -535 4357 -13860 14739 1669 -5394 20537 -2694 -18684 4320 13454 1543 27566 12333 204 4596 45976 24386 -22679 "
+     "7888 5373 -4618 -38466 -3622 10643 7452 -10024 25676 11638 49881 9677 -5829 7256 -12568 -900 -15618 -3777 619 14483 -668 -13302 -15742 12562 "
+     "1281 -1343 10977 29513 16655 22954 -5385 -3956 2775 33430 8873 -14192 7127 -7516 -39 4018 -23907 -568 -7715 5547 8776 -437 9172",
      "14 6 0 18 12 21  7 22 16 3 5 9  19 2 3 18 16 23  4 13 2 23 8 7  15 21 20 9 22 14  17 1 11 8 10 23",
-     "5485 5014 3817 3811 3049 2681 5552 4316 4265 3621 3533 2340 6233 5753 4113 3618 3592 2488 7197 4819 2895 2640 2554 2460 "
-     "7186 6094 5469 2410 2259 2154 8454 6163 5186 3974 3233 2245"),
+     "5485 5014 3817 3811 3049 2681 5552 4316 4265 3621 3533 2340 6233 5753 4113 3618 3592 2488 7197 4819 2895 2640 2554 2460 7186 6094 5469 2410 "
+     "2259 2154 8454 6163 5186 3974 3233 2245"),
     ("sparse_expert_choice", {}, 4,
-     "11767 47080 -27053 6555 1284 17077 6318 11375 23750 23625 14110 7660 -18965 11897 -10305 -6586 -8061 -20773 17910 8567 "
-     "12880 24720 971 4993 9898 -4420 -4332 12064 -9185 13158 -11007 -2765 17164 32699 -9699 -17377 3719 -34600 14043 20230 "
-     "-5276 -8338 5885 -5671 2768 -315 -459 -1078 -5524 -13278 -14958 -3686 6039 46554 -46303 8637 -1831 -3006 -9401 -14582 "
-     "1709 -16804 9322 2811",
-     "5 14 2 11  3 7 13 8  4 10 15 7  9 12 6 7",
-     "1990 3791 3893 3185 7623 7144 9615 8113 6719 5309 4850 637 5765 3938 4563 1453"),
+     "11767 47080 -27053 6555 1284 17077 6318 11375 23750 23625 14110 7660 -18965 11897 -10305 -6586 -8061 -20773 17910 8567 12880 24720 971 4993 "
+     "9898 -4420 -4332 12064 -9185 13158 -11007 -2765 17164 32699 -9699 -17377 3719 -34600 14043 20230 -5276 -8338 5885 -5671 2768 -315 -459 -1078 "
+     "-5524 -13278 -14958 -3686 6039 46554 -46303 8637 -1831 -3006 -9401 -14582 1709 -16804 9322 2811",
+     "5 14 2 11  3 7 13 8  4 10 15 7  9 12 6 7", "1990 3791 3893 3185 7623 7144 9615 8113 6719 5309 4850 637 5765 3938 4563 1453"),
 ]
 
 
@@ -405,16 +351,13 @@ def test_a_router_gives_the_published_slots_and_weights(name, options, E, logits
 
 
 def test_soft_gives_the_published_weights():
-    # The published logits are 16 x 4 cosines, at scale 1. Unit tokens with half of each as a coordinate, and slots along
-    # the axes, give them back at scale 2.
-    cosines = numbers("3289 -2216 3311 3822 6089 1670 -2163 4820 1600 -1018 371 3643 497 3579 -1216 1386 3279 1515 -3891 -2401 "
-                      "-5124 -116 -2980 -2289 -4987 534 439 -871 -208 738 854 1959 -832 -890 -3063 4989 -3740 5310 -8289 447 "
-                      "-3893 -3118 2855 2753 -231 552 2137 2227 5312 2836 -269 3441 -1674 -3457 -2158 6827 -3177 567 2545 "
-                      "-3196 -1790 -3297 -1289 2168").view(16, 4)
+    # The published logits are 16 x 4 cosines, at scale 1. Unit tokens with half of each as coordinates give them at scale 2 to axes.
+    cosines = numbers(
+        "3289 -2216 3311 3822 6089 1670 -2163 4820 1600 -1018 371 3643 497 3579 -1216 1386 3279 1515 -3891 -2401 -5124 -116 "
+        "-2980 -2289 -4987 534 439 -871 -208 738 854 1959 -832 -890 -3063 4989 -3740 5310 -8289 447 -3893 -3118 2855 2753 -231 552 2137 "
+        "2227 5312 2836 -269 3441 -1674 -3457 -2158 6827 -3177 567 2545 -3196 -1790 -3297 -1289 2168").view(16, 4)
     router = build_router("soft", 5, 4, slots=1).double()
-    with torch.no_grad():
-        router.phi.copy_(torch.eye(5)[:, :4, None])
-        router.scale.fill_(2 * (1 + 1e-6))
+    router.load_state_dict({"phi": torch.eye(5)[:, :4, None], "scale": torch.tensor(2 * (1 + 1e-6), dtype=torch.float64)})
     x = torch.cat([cosines / 2, (1 - (cosines / 2).square().sum(1, keepdim=True)).sqrt()], 1)
     dispatch, combine = router(x[None]).tensors()
     same(dispatch[0, [0, 4, 15], :, 0].flatten(), numbers("847 476 906 733 846 692 441 393 510 428 572 621"), 1e-4)
@@ -422,24 +365,24 @@ def test_soft_gives_the_published_weights():
 
 
 # ---------------------------------------------------------------- properties of every router
-@each(top_k=[1, 2], capacity_factor=[0.5, 1.0, 2.0, None], priority=["token", "choice", "gate"])
-def test_a_hard_slot_holds_one_token_and_its_gate_and_a_soft_slot_a_convex_mix(name, options):
-    x = draw(3, 13, 6)
-    routing = layer(name, x, 4, **options).router(x)
-    dispatch, combine = routing.tensors()
-    same(routing.load.double().sum(), 1.0, 1e-6)
-    if name in HARD:
-        assert set(dispatch.unique().tolist()) <= {0.0, 1.0} and dispatch.sum(1).max() == 1
-        assert torch.equal(combine != 0, dispatch == 1)
-    if name in HARD and name in SLOW:  # combine is the kept gates and nothing else
-        gates = routing.logits.softmax(-1) if name in WEIGHED else torch.full((3, 13, 4), 1 / options["top_k"]).double()
-        same(combine.sum(3), gates * dispatch.sum(3))
-    if name not in HARD:
-        assert bool((dispatch > 0).all() and (combine > 0).all())
-        same(dispatch.sum(1), torch.ones_like(dispatch[:, 0]))
-        same(combine.sum((2, 3)), torch.ones_like(x[..., 0]))
-    if name in TOKENS_CHOOSE:
-        assert routing.counts().max() <= options["top_k"] and dispatch.sum(3).max() == 1
+@each(HARD, top_k=[1, 2], capacity_factor=[0.25, 1.0, 4.0, None], priority=["token", "choice", "gate"])
+def test_a_hard_routing_seats_one_token_a_slot_drops_to_exactly_zero_and_equals_its_tensor_form(name, options):
+    x, K, bought = draw(3, 13, 6).requires_grad_(), options["top_k"], options["capacity_factor"]
+    moe = layer(name, x, 4, **options)
+    y, routing = moe(x)
+    (dispatch, combine), counts = routing.tensors(), routing.counts()
+    assert set(dispatch.unique().tolist()) <= {0.0, 1.0} and dispatch.sum(1).max() == 1 and dispatch.sum(3).max() == 1
+    assert torch.equal(combine != 0, dispatch == 1)
+    assert counts.max() <= (K if name in TOKENS_CHOOSE else 4)
+    if bought in (4.0, None) and ROUTERS[name].chooses != "threshold":  # room for every token
+        assert bool((counts == (K if name in TOKENS_CHOOSE else 4)).all())
+    if bought == 0.25 and K == 1:
+        assert (counts == 0).any(1).all()
+    assert not y[counts == 0].any() and y[counts > 0].abs().sum(-1).min() > 0
+    tensors = Routing(*moe.router(x).tensors(), routing.load)
+    want, used = moe(x, routing=tensors)
+    alike(draw(3, 13, 6, seed=1), [x, *moe.parameters()], [routing.dispatch(x), routing.mass(), y], [tensors.dispatch(x), tensors.mass(), want])
+    assert used is tensors and torch.equal(counts, tensors.counts())
 
 
 @pytest.mark.parametrize("T, E, K, factor, tokens, experts, threshold, soft", [  # C of each kind, by hand
@@ -450,20 +393,7 @@ def test_slots_are_bought_from_one_budget(name, T, E, K, factor, tokens, experts
     x, C = draw(1, T, 8), dict(tokens=tokens, experts=experts, threshold=threshold, soft=soft)[ROUTERS[name].chooses]
     router = layer(name, x, E, top_k=K, capacity_factor=factor).router
     assert router(x).tensors()[0].shape == router.eval()(x).tensors()[0].shape == (1, T, E, C)
-
-
-@each(those(lambda kind: kind.chooses in ("tokens", "experts")), top_k=[1, 2], capacity_factor=[4.0, None])
-def test_nothing_is_dropped_where_the_capacity_reaches_the_number_of_tokens(name, options):
-    x = draw(3, 13, 6)
-    assert bool((layer(name, x, 4, **options).router(x).counts() == (options["top_k"] if name in TOKENS_CHOOSE else 4)).all())
-
-
-@each(HARD, capacity_factor=[0.25], combine=["softmax", "plan"])
-def test_a_dropped_token_comes_back_as_exactly_zero(name, options):
-    x = draw(3, 16, 6)  # at most half of the tokens find a slot
-    y, routing = layer(name, x, 4, **options)(x)
-    dropped = routing.counts() == 0
-    assert dropped.any(1).all() and not y[dropped].any() and y[~dropped].abs().sum(-1).min() > 0
+    same(router(x).load.double().sum(), 1.0, 1e-6)
 
 
 @each(LEARNED, combine=["softmax", "plan"])
@@ -471,24 +401,14 @@ def test_permuted_experts_give_the_same_output(name, options):
     x, order = draw(2, 14, 8), torch.tensor([3, 0, 4, 1, 2])
     moe = layer(name, x, 5, **options)  # no other axis is 5 long
     want, _ = moe(x)
-    with torch.no_grad():
-        for tensor in moe.state_dict().values():
-            if 5 in tensor.shape:
-                tensor.copy_(tensor.index_select(tensor.shape.index(5), order))
+    for tensor in moe.state_dict().values():
+        if 5 in tensor.shape:
+            tensor.copy_(tensor.index_select(tensor.shape.index(5), order))
     same(moe(x)[0], want)
 
 
-@each(top_k=[2], capacity_factor=[1.0, None], priority=["token", "choice", "gate"])
-def test_groups_do_not_influence_one_another(name, options):
-    x, other = draw(2, 13, 6), torch.stack([draw(2, 13, 6)[0], 3 * draw(13, 6, seed=1)])
-    moe = layer(name, x, 4, **options)
-    (y, _), (changed, _) = moe(x), moe(other)
-    same(changed[0], y[0])
-    assert (changed[1] - y[1]).abs().max() > 1e-3
-
-
 @each([name for name in NOISY if name in SLOW], noise_std=[0.5], top_k=[2], combine=["softmax", "plan"])
-def test_noise_is_normal_of_deviation_noise_std_over_e_and_enters_choices_and_load_loss(name, options):
+def test_noise_is_normal_of_deviation_noise_std_over_e_in_training_alone_and_enters_choices_and_load_loss(name, options):
     x, router = draw(2, 16, 4), plain(name, 4, **options)
     torch.manual_seed(3)
     noisy = x + torch.randn_like(x) * 0.5 / 4
@@ -502,18 +422,9 @@ def test_noise_is_normal_of_deviation_noise_std_over_e_and_enters_choices_and_lo
     want = {"z": z_loss(x)}
     if name in TOKENS_CHOOSE:
         want |= {"importance": importance_loss(x), "balance": balance_loss(x, routing.expert_index)}
+        assert router(x).losses.keys() == want.keys()  # no noise, no load loss
         want["load"] = load_loss(x, noisy, 2, 0.5 / 4)
-    assert routing.losses.keys() == want.keys()
-    for loss in want:
-        same(routing.losses[loss], want[loss])
-
-
-@each(NOISY, noise_std=[1.0])
-def test_noise_moves_training_and_never_evaluation(name, options):
-    x = draw(2, 16, 6)
-    moe = layer(name, x, 4, **options)
-    assert not torch.equal(moe(x)[0], moe(x)[0])
-    assert torch.equal(moe.eval()(x)[0], layer(name, x, 4)(x)[0])
+    same(routing.losses, want)
 
 
 @each(top_k=[2], combine=["plan"])
@@ -523,10 +434,8 @@ def test_autocast_leaves_logits_and_choices_in_float32(name, options):
     want, reference = moe(x.float())
     with torch.autocast("cpu", torch.bfloat16):
         y, routing = moe(x)
-    numbers = lambda routing: [*routing.tensors(), *([routing.logits] if name in WEIGHED else [])]
-    for got, wanted in zip(numbers(routing), numbers(reference)):
-        assert got.dtype == torch.float32
-        same(got, wanted, 0)
+    said = lambda routing: (*routing.tensors(), routing.logits if name in WEIGHED else routing.load)
+    same(said(routing), said(reference), 0)  # and all float32
     same(y.float(), want, 0.02)
 
 
@@ -543,8 +452,8 @@ def test_a_fresh_layer_compiles_into_one_graph(name, options):
 def test_importing_routers_changes_and_prints_nothing(capsys):
     state = lambda: (torch.get_rng_state().tolist(), random.getstate(), torch.get_default_dtype(), torch.get_num_threads(),
                      torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
-    before, spec = state(), importlib.util.spec_from_file_location("routers_again", routers.__file__)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    before = state()
+    runpy.run_path(routers.__file__)
     assert state() == before and capsys.readouterr() == ("", "")
 
 
@@ -563,49 +472,28 @@ def test_a_queue_passes_before_the_experts():
     assert queue(wants[:, 2:3], None).tolist() == [[[1], [1]]]  # nobody wants anything: one empty slot
 
 
-# ---------------------------------------------------------------- who leaks the future
-def moved(name, options, seed=0):
-    """How far EARLIER outputs and masses move when the last token and key of each of 60 groups, 60 draws, change."""
-    x, key = draw(60, 16, 6, seed=seed), torch.randint(100, (60, 16), generator=torch.Generator().manual_seed(seed))
-    moe = layer(name, x, 4, seed, **options)
-    before, then = moe(x, key)
-    x[:, -1], key[:, -1] = 2 * draw(60, 6, seed=seed + 100), key[:, -1] + 1
-    after, now = moe(x, key)
-    return max((after - before)[:, :-1].abs().max(), (now.mass() - then.mass())[:, :-1].abs().max())
-
-
-AXES = dict(top_k=[1, 2], capacity_factor=[0.5, 1.0, 2.0, None], priority=["token", "choice", "gate"],
-            combine=["softmax", "plan"])
-CALLED_CAUSAL = [case for case in settings(**AXES) if build_router(case.values[0], 6, 4, **case.values[1]).causal]
-CALLED_LEAKY = [case for case in settings(**AXES | dict(top_k=[2], capacity_factor=[1.0]))
-                if not build_router(case.values[0], 6, 4, **case.values[1]).causal]
-
-
-@pytest.mark.parametrize("name, options", CALLED_CAUSAL)
-def test_what_is_called_causal_never_lets_a_later_token_move_an_earlier_output(name, options):
-    for seed in range(2):
-        assert moved(name, options, seed) <= 1e-12
-
-
-@pytest.mark.parametrize("name, options", CALLED_LEAKY)
-def test_what_is_not_called_causal_does_leak(name, options):
-    assert moved(name, options) > 1e-6
-
-
-@each(SLOW, **AXES)
-def test_causal_is_a_matter_of_the_instance(name, options):
-    limited = {(1, "token"), (2, "token"), (1, "choice")}  # else a first choice, or a surer token, comes from behind
-    want = name in ("hash", "expert_threshold") or name == "token_choice" and (
-        options["capacity_factor"] is None or (options["top_k"], options["priority"]) in limited)
-    assert build_router(name, 6, 4, **options).causal is want
-
-
-@each(TOKENS_CHOOSE, top_k=[1, 2], capacity_factor=[None], priority=["token", "gate"])
-def test_a_dropless_causal_layer_gives_a_prefix_what_it_gives_the_whole(name, options):
-    x = draw(2, 16, 6)
-    moe = layer(name, x, 4, **options)
-    apart = (moe(x[:, :7])[0] - moe(x)[0][:, :7]).abs().max()
-    assert apart <= 1e-12 if moe.router.causal else apart > 1e-3
+# ---------------------------------------------------------------- who leaks the future, or into other groups
+@each(top_k=[1, 2], capacity_factor=[0.5, 1.0, 2.0, None], priority=["token", "choice", "gate"], combine=["softmax", "plan"])
+def test_groups_are_apart_and_what_is_called_causal_leaks_nothing_and_what_is_not_does(name, options):
+    causal, K, bought = build_router(name, 6, 4, **options).causal, options["top_k"], options["capacity_factor"]
+    if name in SLOW:
+        limited = {(1, "token"), (2, "token"), (1, "choice")}  # else a first choice, or a surer token, comes from behind
+        assert causal is (name in ("hash", "expert_threshold") or name == "token_choice" and (
+            bought is None or (K, options["priority"]) in limited))
+    for seed in range(2):  # 60 groups, 60 draws: how far do EARLIER outputs and masses move with the last token and key?
+        x, key = draw(80, 16, 6, seed=seed), torch.randint(100, (80, 16), generator=seeded(seed))
+        moe = layer(name, x, 4, seed, **options)
+        before, then = moe(x, key)
+        x[:60, -1], key[:60, -1] = 2 * draw(60, 6, seed=seed + 100), key[:60, -1] + 1
+        after, now = moe(x, key)
+        same(after[60:], before[60:])
+        apart = max((after - before)[:60, :-1].abs().max(), (now.mass() - then.mass())[:60, :-1].abs().max())
+        if causal:
+            assert apart <= 1e-12
+        elif bought in (1.0, None):  # where everyone has room, little is left to leak
+            assert apart > 1e-6
+        if causal and bought is None:
+            same(moe(x[:, :7], key[:, :7])[0], after[:, :7])
 
 
 # ---------------------------------------------------------------- learning signals
@@ -615,45 +503,33 @@ def test_the_task_loss_alone_moves_every_learned_router_at_top_1(name, options):
         options = options | dict(top_k=2)  # a lone choice holds all of its token's mass: a constant gate
     x = draw(4, 16, 6)
     moe = layer(name, x, 4, **options)
-    for gradient in gradients(moe(x)[0].square().sum(), list(moe.router.parameters())):
+    for gradient in torch.autograd.grad(moe(x)[0].square().sum(), list(moe.router.parameters())):
         assert gradient.isfinite().all() and gradient.abs().max() > 1e-6
-
-
-def test_renormalised_gates_are_the_softmax_over_the_kept_logits():
-    x = draw(2, 9, 6)
-    routing = layer("token_choice", x, 5, top_k=3, capacity_factor=None, renormalize=True).router(x)
-    kept = routing.logits.gather(-1, routing.expert_index).softmax(-1)
-    same(routing.mass().gather(-1, routing.expert_index), kept)
-
-
-@pytest.mark.parametrize("E, K", [(4, 1), (4, 2), (6, 3), (5, 5)])
-def test_balance_loss_is_1_when_uniform_and_e_over_k_at_collapse(E, K):
-    logits = torch.zeros(2, 30, E, dtype=torch.float64)
-    same(balance_loss(logits, ((torch.arange(30)[:, None] + torch.arange(K)) % E).expand(2, 30, K)), 1.0)
-    logits[..., :K] = 500
-    same(balance_loss(logits, torch.arange(K).expand(2, 30, K)), E / K)
 
 
 def test_losses_equal_values_worked_out_by_hand():
     gates = torch.tensor([[[.8, .2], [.6, .4]], [[.9, .1], [.1, .9]]], dtype=torch.float64)
     # Group 0: f = (1, 0), P = (.7, .3), so 2 * .7 = 1.4. Group 1: f = P = (.5, .5), so 1. Mean 1.2.
     same(balance_loss(gates.log(), gates.argmax(-1, keepdim=True)), 1.2)
+    for E, K in (4, 1), (4, 2), (6, 3), (5, 5):  # 1 when uniform, E/K at collapse
+        logits = torch.zeros(2, 30, E, dtype=torch.float64)
+        same(balance_loss(logits, ((torch.arange(30)[:, None] + torch.arange(K)) % E).expand(2, 30, K)), 1.0)
+        logits[..., :K] = 500
+        same(balance_loss(logits, torch.arange(K).expand(2, 30, K)), E / K)
     # Group 0: sums (1.4, .6), mean 1, variance .16. Group 1: even. Mean .08.
     same(importance_loss(gates.log()), .08)
     # Rows sum to 1, and in group 1 we add 2 to the logits: logsumexp 0 and 2, squared 0 and 4.
     same(z_loss(gates.log() + torch.tensor([0, 2])[:, None, None]), 2.0)
     single = draw(2, 5, 1).requires_grad_()
-    assert gradients(importance_loss(single), [single])[0].eq(0).all()  # of one expert: even, not NaN
+    assert torch.autograd.grad(importance_loss(single), single)[0].eq(0).all()  # of one expert: even, not NaN
 
 
 def test_load_loss_equals_a_loop_over_tokens_and_experts_in_values_and_gradients():
     clean, want = draw(2, 7, 4).requires_grad_(), 0
     noisy = clean + 0.3 * draw(2, 7, 4, seed=1)
     for g in range(2):
-        chance = [0] * 4
-        for t, e in itertools.product(range(7), range(4)):
-            threshold = noisy[g, t, best(noisy[g, t], 2)[-1]]
-            chance[e] += (1 + ((clean[g, t, e] - threshold) / 0.3 / math.sqrt(2)).erf()) / 2 / 7
+        threshold = [noisy[g, t, best(noisy[g, t], 2)[-1]] for t in range(7)]
+        chance = [sum((1 + ((clean[g, t, e] - threshold[t]) / 0.3 / math.sqrt(2)).erf()) / 2 / 7 for t in range(7)) for e in range(4)]
         mean = sum(chance) / 4
         want += sum((value - mean) ** 2 for value in chance) / 4 / mean**2 / 2
     alike(1, [clean], [load_loss(clean, noisy, 2, 0.3)], [want])
@@ -667,7 +543,7 @@ LOSSES = {"importance": importance_loss, "balance": lambda logits: balance_loss(
 def test_a_balance_loss_pushes_the_overloaded_expert_down_and_opposite_skews_do_not_cancel(name):
     skew = torch.tensor([2.0, 0, 0, -2], dtype=torch.float64)
     logits = (draw(1, 40, 4) + skew).requires_grad_()
-    push = gradients(LOSSES[name](logits), [logits])[0].sum((0, 1))
+    push = torch.autograd.grad(LOSSES[name](logits), logits)[0].sum((0, 1))
     assert push.argmax() == 0 and push[0] > 0.1
     one, other, even = LOSSES[name](logits), LOSSES[name](logits - 2 * skew), LOSSES[name](logits - skew)
     assert one + other > 2.6 * even  # two layers
@@ -679,7 +555,7 @@ def test_losses_and_their_gradients_are_finite_at_huge_logits(name):
     for logits in draw(2, 9, 4).sign(), torch.eye(4).double().repeat(2, 2, 1), torch.tensor([[[-1.0] * 4] * 5]).double():
         logits = (1e3 * logits).requires_grad_()
         loss = LOSSES[name](logits)
-        assert loss.isfinite() and gradients(loss, [logits])[0].isfinite().all()
+        assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
 # ---------------------------------------------------------------- solvers
@@ -688,7 +564,7 @@ def test_sinkhorn_rows_are_exact_and_columns_balanced_after_20_iterations_and_hu
     logits = (scale * draw(20, T, E)).requires_grad_()
     plan = sinkhorn_plan(logits)
     same(plan.sum(2), torch.ones(20, T, dtype=torch.float64), 1e-12 * scale)
-    assert gradients(plan.square().sum(), [logits])[0].isfinite().all()
+    assert torch.autograd.grad(plan.square().sum(), logits)[0].isfinite().all()
     if scale == 1:
         same(plan.sum(1) * E / T, torch.ones(20, E, dtype=torch.float64), 1e-3)
 
@@ -698,13 +574,6 @@ def test_a_projection_keeps_the_k_largest_and_sums_to_1():
     # k = 2: .9 and .5 each give up (1.4 - 1) / 2 = .2. k = 3: .3 too, (1.7 - 1) / 3 = .7 / 3. k = 5: .1 has not as much.
     for k, want in (1, [0, 0, 3, 0, 0]), (2, [.9, 0, 2.1, 0, 0]), (3, [.8, 0, 2, 0, .2]), (5, [.8, 0, 2, 0, .2]):
         same(3 * project(z, k).flatten(), want)
-
-
-@pytest.mark.parametrize("T, E, k, column", [(16, 4, 4, None), (13, 5, 6, None), (3, 8, 1, None), (6, 3, 2, 1.0)])
-def test_sparse_columns_are_exact_with_at_most_k_nonzeros(T, E, k, column):
-    plan = sparse_plan(draw(8, T, E).softmax(-1), k, column=column)
-    same(plan.sum(1), torch.full((8, E), column or T / E, dtype=torch.float64))
-    assert (plan > 0).sum(1).max() <= k and plan.min() == 0
 
 
 def test_the_sparse_solver_reaches_the_best_balanced_assignment():
@@ -722,94 +591,71 @@ def test_the_sparse_solver_reaches_the_best_balanced_assignment():
 
 
 # ---------------------------------------------------------------- options
-WRONG = [  # router, D, E, options, what the message says
-    ("tokens", 4, 3, {}, f"unknown router 'tokens'; known: {', '.join(ROUTERS)}"),
-    ("hash", 4, 3, dict(noise_std=1), "router hash has no option noise_std; it has top_k, capacity_factor, num_keys"),
-    ("token_choice", 4, 3, dict(slots=1), f"no option slots; it has {', '.join(ROUTERS['token_choice'].defaults)}"),
-    ("expert_choice", 4, 3, dict(combine="plan"), "no option combine"),
-    ("token_choice", 4, 3, dict(priority="last"), "priority must be one of token, choice, gate, got priority='last'"),
-    ("sinkhorn_token_choice", 4, 3, dict(combine="both"), "combine must be one of softmax, plan, got combine='both'"),
-    ("sparse_expert_choice", 4, 3, dict(iterations=0), "iterations must be a whole number >= 1, got iterations=0"),
-    ("soft", 4, 3, dict(slots=0), "slots must be a whole number >= 1, got slots=0"),
-    ("hash", 4, 3, dict(num_keys=0), "num_keys must be a whole number >= 1, got num_keys=0"),
-    ("token_choice", 4, 3, dict(renormalize=True), "renormalize needs top_k >= 2 (the only gate would always be 1), got top_k=1"),
-    ("token_choice", 4, 3, dict(bias_rate=-1), "bias_rate must be a number >= 0, got bias_rate=-1"),
-    *[(name, 4, E, options, message) for name in WEIGHED for E, options, message in [
-        (3, dict(weights="fixed"), "weights must be one of learned, frozen, random, self, got weights='fixed'"),
-        (3, dict(gate="cubic"), "gate must be one of linear, mlp, got gate='cubic'"),
-        (5, dict(weights="self"), "weights='self' needs num_experts <= dim=4, got num_experts=5")]],
-    *[(name, dim, E, options, message) for name in ROUTERS for dim, E, options, message in [
-        (4, 0, {}, "num_experts must be a whole number >= 1, got num_experts=0"),
-        (0, 3, {}, "dim must be a whole number >= 1, got dim=0"),
-        (4, 3, dict(top_k=0), "top_k must be a whole number >= 1, got top_k=0"),
-        (4, 3, dict(top_k=1.5), "top_k must be a whole number >= 1, got top_k=1.5"),
-        (4, 3, dict(top_k=4), "top_k must be at most num_experts=3, got top_k=4")]],
-    *[(name, 4, 3, dict(capacity_factor=factor), f"capacity_factor must be a positive number, got capacity_factor={factor}")
-      for name in ROUTERS for factor in (0, -1.0, math.inf, math.nan)],
-    *[(name, 4, 3, dict(capacity_factor=None), "capacity_factor=None (dropless) is for routers in which tokens choose")
-      for name in ROUTERS if name not in TOKENS_CHOOSE],
-    *[(name, 4, 3, dict(noise_std=std), f"noise_std must be a number >= 0, got noise_std={std}")
-      for name in NOISY for std in (-1, math.nan)],
+WRONG = [  # routers, options beside dim=4 and num_experts=3, what the message says
+    (["tokens"], {}, f"unknown router 'tokens'; known: {', '.join(ROUTERS)}"),
+    *[([name], {option: 1}, f"router {name} has no option {option}; it has {', '.join(ROUTERS[name].defaults)}") for name, option in [
+        ("hash", "noise_std"), ("sparse_token_choice", "noise_std"), ("sparse_expert_choice", "noise_std"), ("expert_choice", "combine")]],
+    (["token_choice"], dict(priority="last"), "priority must be one of token, choice, gate, got priority='last'"),
+    (["sinkhorn_token_choice"], dict(combine="both"), "combine must be one of softmax, plan, got combine='both'"),
+    (["token_choice"], dict(renormalize=True), "renormalize needs top_k >= 2 (the only gate would always be 1), got top_k=1"),
+    (["token_choice"], dict(bias_rate=-1), "bias_rate must be a number >= 0, got bias_rate=-1"),
+    (WEIGHED, dict(weights="fixed"), "weights must be one of learned, frozen, random, self, got weights='fixed'"),
+    (WEIGHED, dict(gate="cubic"), "gate must be one of linear, mlp, got gate='cubic'"),
+    (WEIGHED, dict(weights="self", num_experts=5), "weights='self' needs num_experts <= dim=4, got num_experts=5"),
+    (ROUTERS, dict(top_k=4), "top_k must be at most num_experts=3, got top_k=4"),
+    *[(names, {option: value}, f"{option} must be a whole number >= 1, got {option}={value}") for names, option, value in [
+        (ROUTERS, "num_experts", 0), (ROUTERS, "dim", 0), (ROUTERS, "top_k", 0), (ROUTERS, "top_k", 1.5), (["soft"], "slots", 0),
+        (["hash"], "num_keys", 0), (["sparse_expert_choice"], "iterations", 0)]],
+    *[(NOISY, dict(noise_std=std), f"noise_std must be a number >= 0, got noise_std={std}") for std in (-1, math.nan)],
+    *[(ROUTERS, dict(capacity_factor=factor), f"capacity_factor must be a positive number, got capacity_factor={factor}")
+      for factor in (0, -1.0, math.inf, math.nan)],
+    (those(lambda kind: kind.chooses != "tokens"), dict(capacity_factor=None), "(dropless) is for routers in which tokens choose"),
 ]
 
 
-@pytest.mark.parametrize("name, dim, num_experts, options, message", WRONG)
-def test_a_wrong_option_is_a_valueerror_that_names_the_rule(name, dim, num_experts, options, message):
+@pytest.mark.parametrize("name, options, message", [(name, *rest) for names, *rest in WRONG for name in names])
+def test_a_wrong_option_is_a_valueerror_that_names_the_rule(name, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        build_router(name, dim, num_experts, **options)
+        build_router(name, **dict(dim=4, num_experts=3) | options)
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (1, 2, 5, 4), (2, 5, 3)])
-@pytest.mark.parametrize("name", ROUTERS)
-def test_tokens_of_a_wrong_shape_are_a_valueerror(name, shape):
-    with pytest.raises(ValueError, match=re.escape(f"needs tokens [G, T, 4], got {list(shape)}")):
-        build_router(name, 4, 3)(torch.zeros(shape))
-
-
-def test_keys_of_a_wrong_shape_an_empty_group_and_a_wrong_start_are_valueerrors():
-    with pytest.raises(ValueError, match=re.escape("key must be [G, T] = [2, 5], got [5]")):
-        build_router("hash", 4, 3)(torch.zeros(2, 5, 4), torch.arange(5))
-    with pytest.raises(ValueError, match="a group needs at least 1 token, got 0"):
-        build_router("expert_choice", 4, 3)(torch.zeros(2, 0, 4))
-    with pytest.raises(ValueError, match="init must be one of independent, identical, got 'zero'"):
-        Experts(2, 3, 4, init="zero")
+@pytest.mark.parametrize("name, shape, key, message", [
+    *[(name, shape, None, f"needs tokens [G, T, 4], got {list(shape)}") for name in ROUTERS for shape in ((5, 4), (1, 2, 5, 4), (2, 5, 3))],
+    ("hash", (2, 5, 4), torch.arange(5), "key must be [G, T] = [2, 5], got [5]"),
+    ("expert_choice", (2, 0, 4), None, "a group needs at least 1 token, got 0")])
+def test_tokens_and_keys_of_a_wrong_shape_are_a_valueerror(name, shape, key, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_router(name, 4, 3)(torch.zeros(shape), key)
 
 
 # ---------------------------------------------------------------- what a router remembers
-@each(noise_std=[1.0], bias_rate=[0.1], weights=["learned", "random"])
-def test_a_training_pass_changes_no_buffer_and_no_weight(name, options):
+@each(weights=["learned", "random"], bias_rate=[0.1])
+def test_training_alone_changes_no_buffer_and_a_fresh_layer_takes_over_the_state_of_a_used_one(name, options):
     x = draw(2, 12, 6)
-    moe = layer(name, x, 4, **options).train()
-    before = copy.deepcopy(moe.state_dict())
-    moe(x)[0].sum().backward()
+    moe, fresh = layer(name, x, 4, **options), MoE(build_router(name, 6, 4, **options), hidden=7).double()
+    before, (y, routing) = {key: tensor.clone() for key, tensor in moe.state_dict().items()}, moe(x)
+    y.sum().backward()
     assert [key for key, tensor in moe.state_dict().items() if not torch.equal(tensor, before[key])] == []
+    moe.router.update([routing], seeded(0))
+    fresh.load_state_dict(moe.state_dict())
+    assert torch.equal(fresh(x)[0], moe(x)[0]) and torch.equal(fresh.eval()(x)[0], moe.eval()(x)[0])
 
 
-@each(WEIGHED, weights=["frozen"], gate=["linear", "mlp"])
-def test_a_frozen_router_stands_still_while_experts_learn(name, options):
+@each(WEIGHED, weights=["frozen", "random"], gate=["linear", "mlp"])
+def test_a_frozen_router_stands_still_and_a_random_one_is_drawn_anew_by_each_update_for_training_alone(name, options):
     x = draw(2, 12, 6)
     moe = layer(name, x, 4, **options)
-    before, (y, routing) = copy.deepcopy(moe.state_dict()), moe(x)
-    y.square().sum().backward()
-    torch.optim.SGD(moe.parameters(), 0.1).step()
-    moe.router.update([routing])
-    moves = {key for key, tensor in moe.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert moves - {"router.threshold", "router.updates"} == {"experts.w1", "experts.b1", "experts.w2", "experts.b2"}
-    assert all(weight.grad is None for weight in moe.router.parameters())
-
-
-@each(WEIGHED, weights=["random"], gate=["linear", "mlp"])
-def test_a_random_router_is_drawn_anew_by_each_update_for_training_alone(name, options):
-    x = draw(2, 12, 6)
-    router = layer(name, x, 4, **options).router
-    trained, fixed = [router.train()(x).logits], [router.eval()(x).logits]
-    for key in 1, 2, 1:
-        router.update([router(x)], seeded(key))
-        trained.append(router.train()(x).logits)
-        fixed.append(router.eval()(x).logits)
+    trained, fixed = [], []
+    for key in 1, 2, 1, 0:
+        trained.append(moe.router.train()(x).logits)
+        fixed.append(moe.router.eval()(x).logits)
+        y, routing = moe.train()(x)
+        y.square().sum().backward()
+        torch.optim.SGD(moe.parameters(), 0.1).step()
+        moe.router.update([routing], seeded(key))
+    assert all(weight.grad is None for weight in moe.router.parameters()) and all(weight.grad.any() for weight in moe.experts.parameters())
     assert all(torch.equal(logits, fixed[0]) for logits in fixed) and torch.equal(trained[1], trained[3])
-    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[1], trained[2])
-    assert not any(weight.requires_grad for weight in router.parameters())
+    assert [torch.equal(*trained[i : i + 2]) for i in (0, 1)] == [options["weights"] == "frozen"] * 2
 
 
 @pytest.mark.parametrize("name", WEIGHED)
@@ -835,15 +681,6 @@ def test_a_bias_follows_the_sign_of_the_mean_load_error_and_only_chooses(name, o
         same(routing.mass()[..., 2], x.softmax(-1)[..., 2])
 
 
-@each(weights=["learned", "random"], bias_rate=[0.1])
-def test_a_fresh_layer_takes_over_the_state_of_a_used_one(name, options):
-    x = draw(2, 12, 6)
-    moe, fresh = layer(name, x, 4, **options), MoE(build_router(name, 6, 4, **options), hidden=7).double()
-    moe.router.update([moe(x)[1]], seeded(0))
-    fresh.load_state_dict(moe.state_dict())
-    assert torch.equal(fresh(x)[0], moe(x)[0]) and torch.equal(fresh.eval()(x)[0], moe.eval()(x)[0])
-
-
 def test_expert_thresholds_start_at_the_mean_quantile_and_then_run():
     router, x = plain("expert_threshold", 4), [draw(3, 5, 4, seed=seed) for seed in range(3)]
     # The quantile 1 - 1/4 of 5 numbers is the fourth from below. Its mean is over groups, then over routings.
@@ -861,40 +698,23 @@ def test_a_hash_is_balanced_over_each_run_of_keys_and_reads_unknown_keys_and_pos
     first = lambda *key: router(draw(*key[0].shape, 6), *key).expert_index[..., 0]
     assert first(torch.arange(8).view(2, 4)).sort(1).values.tolist() == [[0, 1, 2, 3]] * 2  # keys 0..3, keys 4..7
     assert len(set(first(torch.tensor([[8, 9]])).flatten().tolist())) == 2
-    assert first(torch.tensor([[10, 11, 13, 103]])).tolist() == [[2, 3, 1, 3]]  # not in the table: key mod E
+    assert first(torch.tensor([[10, 11, 13, -1]])).tolist() == [[2, 3, 1, 3]]  # not in the table: key mod E
     x = draw(2, 12, 6)
     assert torch.equal(router(x).index, router(x, torch.arange(12).expand(2, 12)).index)
     assert len({tuple(build_router("hash", 6, 4).table[:40].tolist()) for _ in range(3)}) == 3  # a table of its own each
 
 
 def test_a_seed_is_a_matter_of_its_key_alone():
-    one, again, step, purpose = (torch.rand(4, generator=seeded(*key)).tolist()
-                                 for key in [(0, 1, "noise"), (0, 1, "noise"), (0, 2, "noise"), (0, 1, "batch")])
+    keys = [(0, 1, "noise"), (0, 1, "noise"), (0, 2, "noise"), (0, 1, "batch")]
+    one, again, step, purpose = (torch.rand(4, generator=seeded(*key)).tolist() for key in keys)
     assert one == again and one != step and one != purpose and step != purpose
 
 
-# ---------------------------------------------------------------- where a mixture is something simpler
-@pytest.mark.parametrize("E", [1, 4])
-@each([name for name in SLOW if name in HARD], capacity_factor=[1.0, None])
-def test_all_experts_for_all_tokens_are_the_dense_mixture_and_a_single_one_the_dense_ffn(name, options, E):
-    x = draw(2, 7, 6).requires_grad_()
-    moe = layer(name, x, E, top_k=E, **options)
-    if name == "expert_threshold":
-        moe.router.threshold.zero_()  # everyone passes
-    gates = moe.router(x).logits.softmax(-1) if name in WEIGHED else torch.full((2, 7, E), 1 / E).double()
-    ffns = [slow_expert(moe.experts, e, x) for e in range(E)]
-    want = ffns[0] if E == 1 else sum(gates[..., e, None] * ffns[e] for e in range(E))
-    alike(draw(2, 7, 6, seed=1), [x, *moe.parameters()], [moe(x)[0]], [want])
-
-
-@each(HARD, top_k=[2], capacity_factor=[0.5])
-def test_identical_experts_give_one_ffn_times_the_sum_of_the_kept_gates(name, options):
-    x = draw(2, 14, 6)
-    moe = layer(name, x, 4, init="identical", **options)
-    y, routing = moe(x)
-    same(y, routing.mass().sum(-1, keepdim=True) * slow_expert(moe.experts, 0, x))
-    assert all(torch.equal(weight[0], weight[3]) for weight in moe.experts.parameters())
-    assert not any(torch.equal(weight[0], weight[1]) for weight in layer(name, x, 4, **options).experts.parameters())
+def test_experts_start_apart_or_all_like_the_first():
+    for apart, like in zip(Experts(4, 3, 5).parameters(), Experts(4, 3, 5, init="identical").parameters()):
+        assert not torch.equal(apart[0], apart[1]) and all(torch.equal(like[0], other) for other in like)
+    with pytest.raises(ValueError, match="init must be one of independent, identical, got 'zero'"):
+        Experts(2, 3, 4, init="zero")
 
 
 # ---------------------------------------------------------------- train.py and moe_vision.py
@@ -914,8 +734,11 @@ def refused(capsys, *flags):
     return said[-1]
 
 
-def weights_of(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+def built(*flags, small=SMALL):
+    """The small run of these flags, not yet trained: args, device, task, data, model, GFLOPs."""
+    _, args = train.parse([*small, *flags])
+    train.check(args)
+    return args, *train.build(args)
 
 
 def write_cifar(folder, files=("data_batch_1.bin", "test_batch.bin"), count=40, label=lambda i: i % 10, fine=False):
@@ -928,107 +751,79 @@ def write_cifar(folder, files=("data_batch_1.bin", "test_batch.bin"), count=40, 
     return pixels
 
 
+def stored(folder, **flags):
+    return moe_vision.load_data(SimpleNamespace(**dict(data=str(folder), few_shot=False, seed=0, batch_size=4, patch=4) | flags), "cpu")
+
+
 def write_npz(path, **changed):
     x, y = np.zeros((20, 16, 16, 3), np.uint8), np.arange(20) % 4
-    arrays = dict(x_train=x, y_train=y, x_test=x, y_test=y) | changed
-    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    np.savez(path, **dict(x_train=x, y_train=y, x_test=x, y_test=y) | changed)
     return path
 
 
-def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(tmp_path, capsys):
-    for name in ("a", "b"):
-        assert run(*SMALL, "--router", "token_choice", "--out", tmp_path / name) == 0
+def test_one_seed_gives_the_same_run_bit_for_bit_eval_repeats_it_and_another_seed_gives_another(tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in a, b:
+        assert run(*SMALL, "--router", "token_choice", "--out", folder) == 0
     table = capsys.readouterr().out.splitlines()[-1]
-    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
-    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (a, b))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    lines = [json.loads(line) for line in (a / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 3, 3] and {"loss", "importance", "load", "blocks"} <= set(lines[0])
     assert [line.get("split") for line in lines[3:]] == ["validation", "test", "test_dropless"]
-    summary = json.loads((tmp_path / "a/summary.json").read_text())
-    assert summary["test"] == {k: v for k, v in lines[4].items() if k not in ("step", "split")}
-    assert run("--eval", tmp_path / "b") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == table
-
-
-def test_another_seed_gives_other_data_and_weights(tmp_path):
-    runs = [train.build(train.parse([*SMALL, "--seed", seed, "--moe-blocks", "1"])[1]) for seed in ("0", "1")]
-    (_, _, data, model, _), (_, _, other_data, other_model, _) = runs
-    assert not torch.equal(data.batch(0)["image"], other_data.batch(0)["image"])
-    assert not torch.equal(model.embed.weight, other_model.embed.weight)
+    assert json.loads((a / "summary.json").read_text())["test"] == {k: v for k, v in lines[4].items() if k not in ("step", "split")}
+    assert run("--eval", b) == 0 and capsys.readouterr().out.splitlines()[-1] == table
+    first, second = ((data.batch(0)["image"], model.embed.weight) for *_, data, model, _ in (built("--seed", "0"), built("--seed", "1")))
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
 @pytest.mark.parametrize("flags, rule", [
-    ("--router expert", "unknown router 'expert'; known: dense, token_choice"), ("--top-k 9", "top_k must be at most num_experts=8, got top_k=9"),
-    ("--router dense --top-k 9", "--top-k must be at most --experts 8, got 9"),
-    ("--experts 0", "--experts: must be a whole number >= 1, got 0"), ("--experts x", "--experts: invalid whole number value: 'x'"),
-    ("--capacity-factor 0", "must be a positive number, got 0"), ("--capacity-factor -1", "must be a positive number, got -1"),
-    ("--capacity-factor nan", "must be a positive number, got nan"), ("--capacity-factor much", "invalid number value: 'much'"),
-    ("--capacity-factor none", "capacity_factor=None (dropless) is for routers in which tokens choose"),
-    ("--heads 3", "--heads must divide --dim, got --heads 3 and --dim 64"), ("--patch 5", "--patch must divide the image size, got --patch 5"),
-    ("--router soft --priority gate", "--priority is no option of --router soft; it has"),
-    ("--router dense --capacity-factor 2", "--capacity-factor is no option of --router dense"),
-    ("--slots 2", "--slots is no option of --router expert_choice"), ("--router hash --router-weights frozen", "--router-weights is no option"),
-    ("--balance switch", "--router expert_choice offers no balance loss; it offers z"), ("--balance bias", "--balance bias is for routers in which"),
-    ("--router hash --z-loss 1", "offers no z loss"), ("--data nowhere", "no such data: nowhere"), ("--steps 0", "must be a whole number >= 1, got 0"),
-    ("--steps 1.5", "--steps: invalid whole number value: '1.5'"), ("--lr 0", "must be a positive number, got 0"),
-    ("--lr -1", "must be a positive number, got -1"), ("--lr inf", "must be a positive number, got inf"), ("--lr fast", "invalid number value: 'fast'"),
-    ("--moe-blocks 4", "--moe-blocks must name blocks from 0 to 3, got [4]"), ("--moe-blocks a", "--moe-blocks: invalid list such as 1,3 value"),
-    ("--grad-accum 3", "--grad-accum must divide --batch-size 128, got 3"), ("--warmup 1", "must be a share from 0 up to 1"),
-    ("--router token_choice --renormalize", "renormalize needs top_k >= 2"), ("--size huge", "argument --size: invalid choice: 'huge'"),
-    ("--eval nowhere", "nowhere is no finished run: config.json is missing"), ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
-    ("--router token_choice --noise-std -1", "must be a number >= 0, got -1")])
+    ("--router expert", "unknown router 'expert'; known: dense, token_choice"), ("--patch 5", "--patch must divide the image size, got --patch 5"),
+    ("--top-k 9", "top_k must be at most num_experts=8, got top_k=9"), ("--router dense --top-k 9", "--top-k must be at most --experts 8, got 9"),
+    ("--experts 0", "--experts: must be a whole number >= 1, got 0"), ("--router hash --router-weights frozen", "--router-weights is no option"),
+    ("--experts x", "--experts: invalid whole number value: 'x'"), ("--balance switch", "--router expert_choice offers no balance loss; it offers z"),
+    ("--capacity-factor 0", "must be a positive number, got 0"), ("--router token_choice --noise-std -1", "must be a number >= 0, got -1"),
+    ("--capacity-factor nan", "must be a positive number, got nan"), ("--moe-blocks 4", "--moe-blocks must name blocks from 0 to 3, got [4]"),
+    ("--capacity-factor much", "invalid number value: 'much'"), ("--router soft --priority gate", "--priority is no option of --router soft; it has"),
+    ("--heads 3", "--heads must divide --dim, got --heads 3 and --dim 64"), ("--eval nowhere", "nowhere is no finished run: config.json is missing"),
+    ("--capacity-factor none", "capacity_factor=None (dropless) is for routers in which tokens choose"), ("--data nowhere", "no such data: nowhere"),
+    ("--slots 2", "--slots is no option of --router expert_choice"), ("--router token_choice --renormalize", "renormalize needs top_k >= 2"),
+    ("--router dense --capacity-factor 2", "--capacity-factor is no option of --router dense"), ("--steps 0", "must be a whole number >= 1, got 0"),
+    ("--router hash --z-loss 1", "offers no z loss"), ("--grad-accum 3", "--grad-accum must divide --batch-size 128, got 3"),
+    ("--balance bias", "--balance bias is for routers in which"), ("--moe-blocks a", "--moe-blocks: invalid list such as 1,3 value"),
+    ("--steps 1.5", "--steps: invalid whole number value: '1.5'"), ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
+    ("--lr 0", "must be a positive number, got 0"), ("--size huge", "argument --size: invalid choice: 'huge'"),
+    ("--lr inf", "must be a positive number, got inf"), ("--warmup 1", "must be a share from 0 up to 1"),
+    pytest.param("--device cuda", "--device cuda: this machine has none; there is cpu", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
 def test_a_wrong_flag_gets_one_line_that_names_the_rule_and_the_value(flags, rule, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert rule in refused(capsys, *flags.split())
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused(capsys):
-    assert "--device cuda: this machine has none; there is cpu" in refused(capsys, "--device", "cuda")
+class Bomb:  # what a pickle inside an .npz could do
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
 
 
-def test_a_run_folder_in_use_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    assert "is a file" in refused(capsys, *SMALL, "--out", tmp_path / "file")
-    assert "is not empty; choose another or say --overwrite" in refused(capsys, *SMALL, "--out", tmp_path)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_broken_image_files_are_refused(tmp_path, capsys):
-    def said(data, *flags):
-        return refused(capsys, *SMALL, "--data", data, *flags)
-
-    (tmp_path / "empty").mkdir()
-    assert "lacks train.bin; it needs data_batch_*.bin and test_batch.bin, or" in said(tmp_path / "empty")
-    write_cifar(tmp_path / "half")
-    file = tmp_path / "half/data_batch_1.bin"
-    file.write_bytes(file.read_bytes()[:-1])
-    assert "not a whole number of records of 3073 bytes" in said(tmp_path / "half")
-    file.write_bytes(b"")
-    assert "holds 0 bytes" in said(tmp_path / "half")
-    write_cifar(tmp_path / "labels", label=lambda i: 10 if i == 7 else 1)
-    assert "has a label 10; labels of this layout are below 10" in said(tmp_path / "labels")
-    write_cifar(tmp_path / "few")
-    assert "--batch-size 99 is larger than the data: 36 training images" in said(tmp_path / "few", "--batch-size", "99")
-    npz = tmp_path / "x.npz"
-    assert "lacks y_test" in said(write_npz(npz, y_test=None))
-    assert "x_train must be square uint8 images [N, S, S, 3], got float32" in said(write_npz(npz, x_train=np.zeros((20, 16, 16, 3), np.float32)))
-    assert "y_train must be 20 whole numbers, got float64" in said(write_npz(npz, y_train=np.zeros(20)))
-    assert "labels out of range: 0 to 4, but training knows 0 to 3" in said(write_npz(npz, y_test=np.arange(20) % 5))
-    assert "labels out of range: -1" in said(write_npz(npz, y_train=np.arange(20) % 5 - 1))
-    npz.write_bytes(npz.read_bytes()[:-50])
-    assert "cannot read" in said(npz)
-
-
-def test_a_pickle_inside_an_npz_is_not_opened(tmp_path, capsys):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    path = write_npz(tmp_path / "x.npz", y_train=np.array([Bomb()], object))
-    assert "allow_pickle" in refused(capsys, *SMALL, "--data", path)
+@pytest.mark.parametrize("rule, write", [
+    ("lacks train.bin; it needs data_batch_*.bin and test_batch.bin, or", lambda here: None),
+    ("not a whole number of records of 3073 bytes", lambda here: (write_cifar(here), os.truncate(here / "test_batch.bin", 9999))),
+    ("holds 0 bytes", lambda here: (write_cifar(here), os.truncate(here / "data_batch_1.bin", 0))),
+    ("has a label 10; labels of this layout are below 10", lambda here: write_cifar(here, label=lambda i: 10 if i == 7 else 1)),
+    ("--batch-size 99 is larger than the data: 36 training images", write_cifar),
+    *[(rule, lambda here, changed=changed: write_npz(here / "x.npz", **changed)) for rule, changed in [
+        ("allow_pickle", dict(y_train=np.array([Bomb()], object))), ("y_train must be 20 whole numbers, got float64", dict(y_train=np.zeros(20))),
+        ("x_train must be square uint8 images [N, S, S, 3], got float32", dict(x_train=np.zeros((20, 16, 16, 3), np.float32))),
+        ("labels out of range: 0 to 4, but training knows 0 to 3", dict(y_test=np.arange(20) % 5)),
+        ("labels out of range: -1", dict(y_train=np.arange(20) % 5 - 1))]],
+    ("cannot read", lambda here: os.truncate(write_npz(here / "x.npz"), 9999)),
+    ("x.npz lacks x_test, y_test; it needs", lambda here: np.savez(here / "x.npz", x_train=0, y_train=0))])
+def test_a_broken_image_file_is_refused_and_a_pickle_never_opened(rule, write, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    assert rule in refused(capsys, *SMALL, "--batch-size", 99, "--data", next(tmp_path.glob("*.npz"), tmp_path))
     assert not (tmp_path / "exploded").exists()
 
 
@@ -1041,101 +836,66 @@ def test_cifar_files_are_read_whole_and_trained_on(files, fine, tmp_path):
     assert run(*SMALL, "--data", tmp_path / "data", "--out", tmp_path / "run") == 0
 
 
-def test_the_validation_split_is_a_tenth_and_apart_from_training_and_test(tmp_path):
-    write_cifar(tmp_path, count=50)
+def test_stored_images_part_into_training_validation_test_and_the_few_shot_classes(tmp_path):
+    write_cifar(tmp_path, count=200)
+    data = stored(tmp_path, few_shot=True)
+    assert all((labels < 8).all() for _, labels in data.parts.values()) and list(data.few_shot_classes) == [8, 9]
+    (_, support), (_, query) = data.probe(0)
+    assert support.bincount().tolist() == [10, 10] and len(query) == 80 - 20
     (tmp_path / "test_batch.bin").write_bytes(b"\1" + b"\7" * 3072)
-    data = moe_vision.load_data(SimpleNamespace(data=str(tmp_path), few_shot=False, seed=0, batch_size=4, patch=4), "cpu")
-    sizes = {name: len(labels) for name, (_, labels) in data.parts.items()}
-    assert sizes == {"train": 45, "validation": 5, "test": 1}
-    both = torch.cat([data.parts["train"][0], data.parts["validation"][0]]).flatten(1)
-    assert len(both.unique(dim=0)) == 50
+    parts = stored(tmp_path).parts
+    assert {name: len(labels) for name, (_, labels) in parts.items()} == {"train": 180, "validation": 20, "test": 1}
+    assert len(torch.cat([parts["train"][0], parts["validation"][0]]).flatten(1).unique(dim=0)) == 200
 
 
 def test_an_epoch_of_stored_images_meets_each_once_cropped_or_flipped_on_its_own(tmp_path):
-    count = 40
-    write_cifar(tmp_path, count=count, label=lambda i: i % 10)
-    data = moe_vision.load_data(SimpleNamespace(data=str(tmp_path), few_shot=False, seed=0, batch_size=9, patch=4), "cpu")
+    write_cifar(tmp_path)
+    data = stored(tmp_path, batch_size=9)
     data.parts["train"] = data.parts["train"][0], torch.arange(36)  # name each image by its number
-    seen = torch.cat([data.batch(step)["label"] for step in range(4)])
-    assert seen.sort().values.tolist() == list(range(36))
+    assert torch.cat([data.batch(step)["label"] for step in range(4)]).sort().values.tolist() == list(range(36))
     whole, part = data.batch(2), data.batch(2, part=slice(3, 7))
     assert torch.equal(whole["image"][3:7], part["image"]) and torch.equal(whole["label"][3:7], part["label"])
-    original = data.ready(*data.parts["train"])["image"]
     for image, label in zip(whole["image"], whole["label"]):
         padded = F.pad(data.parts["train"][0][label], (4,) * 4)
         crops = torch.stack([padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)])
         crops = data.ready(torch.cat([crops, crops.flip(-1)]), torch.zeros(162))["image"]
         assert (crops == image).flatten(1).all(1).any()
-    assert not torch.equal(whole["image"], original[whole["label"]])
+    assert not torch.equal(whole["image"], data.ready(*data.parts["train"])["image"][whole["label"]])
 
 
-def test_few_shot_on_files_keeps_the_last_fifth_of_the_classes_from_training(tmp_path):
-    write_cifar(tmp_path, count=200)
-    args = SimpleNamespace(data=str(tmp_path), few_shot=True, seed=0, batch_size=4, patch=4)
-    data = moe_vision.load_data(args, "cpu")
-    assert all((labels < 8).all() for _, labels in data.parts.values()) and list(data.few_shot_classes) == [8, 9]
-    (_, support), (_, query) = data.probe(0)
-    assert support.bincount().tolist() == [10, 10] and len(query) == 80 - 20
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """Serve an archive on 127.0.0.1 as CIFAR-10; served(bytes, md5, length) sets what comes."""
-    answer = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(answer["length"]))
-            self.end_headers()
-            self.wfile.write(answer["body"])
-
-        def log_message(self, *_):
-            pass
-
+def test_the_official_archive_is_fetched_once_checked_and_unpacked_inside_its_folder(tmp_path, capsys, monkeypatch):
     def serve(body, md5=None, length=None):
-        answer.update(body=body, length=length or len(body))
-        url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
-        monkeypatch.setitem(moe_vision.OFFICIAL, "cifar10", (url, md5 or hashlib.md5(body).hexdigest()))
+        """From now on CIFAR-10's address is a server here that answers one request with this archive."""
+        def answer():
+            with server, server.accept()[0] as connection:
+                connection.recv(9999)
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % (length or len(body)) + body)
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+        server = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-binary.tar.gz"
+        monkeypatch.setitem(moe_vision.OFFICIAL, "cifar10", (address, md5 or hashlib.md5(body).hexdigest()))
+
     monkeypatch.chdir(tmp_path)
-    yield serve
-    server.shutdown()
-    server.server_close()
-
-
-def archive(folder, *extra):
-    write_cifar(folder, count=20)
-    packed = io.BytesIO()
+    write_cifar(tmp_path / "source", count=20)
+    packed, link = io.BytesIO(), tarfile.TarInfo("cifar-10-batches-bin/link.bin")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for file in sorted(folder.iterdir()):
-            tar.add(file, f"cifar-10-batches-bin/{file.name}")
-        for name in extra:
-            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-        link = tarfile.TarInfo("cifar-10-batches-bin/link.bin")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    return packed.getvalue()
-
-
-def test_the_official_archive_is_fetched_once_checked_and_unpacked_inside_its_folder(served, tmp_path):
-    served(archive(tmp_path / "source", "../../escaped.bin", "/absolute.bin"))
+        tar.add(tmp_path / "source", "cifar-10-batches-bin")
+        for member in tarfile.TarInfo("../../escaped.bin"), tarfile.TarInfo("/absolute.bin"), link:
+            tar.addfile(member)
+    body = packed.getvalue()
+    serve(body, md5="0" * 32)
+    assert f"has md5 {hashlib.md5(body).hexdigest()}, not {'0' * 32}; the download was deleted" in refused(capsys, "--data", "cifar10")
+    serve(body, length=len(body) + 100)
+    assert f"broke off at {len(body)} of {len(body) + 100} bytes and was deleted" in refused(capsys, "--data", "cifar10")
+    assert not list((tmp_path / "data").iterdir())
+    serve(body)
     folder = moe_vision.download("cifar10")
     assert {file.name for file in folder.iterdir()} == {"data_batch_1.bin", "test_batch.bin", "escaped.bin", "absolute.bin"}
     assert {file.name for file in tmp_path.iterdir()} == {"data", "source"} and [f.name for f in (tmp_path / "data").iterdir()] == ["cifar10"]
-    served(b"not fetched again")
+    serve(b"not fetched again")
     assert moe_vision.download("cifar10") == folder and run(*SMALL, "--data", "cifar10", "--out", "run") == 0
-
-
-def test_a_wrong_sum_or_half_a_download_is_deleted_and_reported(served, tmp_path, capsys):
-    body = archive(tmp_path / "source")
-    served(body, md5="0" * 32)
-    assert f"has md5 {hashlib.md5(body).hexdigest()}, not {'0' * 32}; the download was deleted" in refused(capsys, "--data", "cifar10")
-    served(body, length=len(body) + 100)
-    assert "was deleted" in refused(capsys, "--data", "cifar10") or "cannot fetch" in refused(capsys, "--data", "cifar10")
-    assert not list((tmp_path / "data").iterdir())
 
 
 def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
@@ -1143,99 +903,50 @@ def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
     batch = data.batch(3)
     assert [list(batch[name].shape) for name in ("image", "label", "kind", "pair")] == [[64, 3, 32, 32], [64], [64, 64], [64, 2]]
     assert [moe_vision.TRAINED[label] for label in batch["label"]] == [tuple(pair) for pair in batch["pair"].tolist()]
-    assert not set(moe_vision.TRAINED) & set(moe_vision.HELD_OUT) and len(moe_vision.PAIRS) == 24
-    assert {s for s, _ in moe_vision.TRAINED} == set(range(6)) and {t for _, t in moe_vision.TRAINED} == set(range(4))
-    brightness = F.avg_pool2d(batch["image"].mean(1, keepdim=True), 4).flatten(1)
-    ground = [brightness[i][batch["kind"][i] == 0].mean() for i in range(64)]
-    inside = [brightness[i][batch["kind"][i] == 2].mean() for i in range(64) if (batch["kind"][i] == 2).any()]
-    assert sum(inside) / len(inside) > sum(ground) / 64 + 1  # the shape is brighter, so the map lies where the shape is
+    assert not set(moe_vision.TRAINED) & set(moe_vision.HELD_OUT)
+    assert [set(part) for part in zip(*moe_vision.TRAINED)] == [set(range(6)), set(range(4))]
+    brightness = F.avg_pool2d(batch["image"].mean(1), 4).flatten(1)
+    assert brightness[batch["kind"] == 2].mean() > brightness[batch["kind"] == 0].mean() + 1  # the map lies where the shape is
     part = data.batch(3, part=slice(10, 20))
-    assert all(torch.equal(part[name], batch[name][10:20]) for name in batch)
-    assert not torch.equal(batch["image"], data.batch(4)["image"])
-
-
-def test_the_patch_map_is_the_share_of_shape_in_each_patch():
-    data = moe_vision.Drawn(SimpleNamespace(seed=0, batch_size=1, patch=4), "cpu")
-    number = torch.full((1, 12), 0.5)
-    number[:, 6:9], number[:, 9:] = 0.0, 1.0  # black ground, white shape
-    square = list(moe_vision.SHAPES).index("square")
-    drawn = data.render(torch.tensor([[square, 0]]), torch.tensor([0]), number, torch.zeros(1, 1, 32, 32))
-    shape = (drawn["image"][0, 0] > -2).view(8, 4, 8, 4).float().mean((1, 3))  # [8, 8] patches; black is (0 - 0.5) * 4
-    assert torch.equal(drawn["kind"].view(8, 8), (shape > 0).long() + (shape == 1).long()) and set(drawn["kind"].flatten().tolist()) == {0, 1, 2}
+    assert all(torch.equal(part[name], batch[name][10:20]) for name in batch) and not torch.equal(batch["image"], data.batch(4)["image"])
+    number = torch.tensor([[0.5] * 6 + [0.0] * 3 + [1.0] * 3])  # black ground, white shape
+    drawn = data.render(torch.tensor([[list(moe_vision.SHAPES).index("square"), 0]]), torch.tensor([0]), number, torch.zeros(1, 1, 32, 32))
+    shape = (drawn["image"][0, 0] > -2).view(8, 4, 8, 4).float().mean((1, 3)).flatten()  # share of a patch; black is (0 - 0.5) * 4
+    assert torch.equal(drawn["kind"][0], (shape > 0).long() + (shape == 1).long()) and set(drawn["kind"].flatten().tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("router", ["dense", "expert_choice", "soft"])
-def test_gflops_are_the_forward_products_of_one_image(router):
-    _, args = train.parse([*SMALL, "--router", router, "--top-k", "2"])
-    train.check(args)
+def test_gflops_are_the_forward_products_of_one_image_and_active_parameters_those_a_token_meets(router):
+    *_, model, gflops = built("--router", router, "--top-k", "2")
     D, H, T, E, out = 16, 32, 16, 4, 18
     block = T * D * 3 * D + 2 * T * T * D + T * D * D  # qkv, the two attention products, the projection
     mixing = {"dense": 0, "expert_choice": T * D * E, "soft": 3 * T * D * 2 * T}[router]  # gate; phi, dispatch and combine
     products = T * 3 * 64 * D + 2 * block + T * 2 * D * H + 2 * T * 2 * D * H + mixing + D * out
-    assert train.build(args)[-1] == pytest.approx(2 * products / 1e9, rel=1e-9)
-
-
-def test_active_parameters_leave_out_the_experts_a_token_does_not_meet():
-    _, args = train.parse([*SMALL, "--router", "token_choice"])
-    train.check(args)
-    model = train.build(args)[3]
+    assert gflops == pytest.approx(2 * products / 1e9, rel=1e-9)
     total, active = train.parameters(model)
-    assert total == sum(p.numel() for p in model.parameters()) and total - active == 0.75 * 4 * (2 * 16 * 32 + 16 + 32)
+    assert total - active == (0 if router == "dense" else (E - 2) * (2 * D * H + D + H))
 
 
 def test_no_decay_on_norms_biases_positions_and_routers():
-    _, args = train.parse([*SMALL, "--router", "token_choice"])
-    train.check(args)
-    model = train.build(args)[3]
-    decayed, free = (group["params"] for group in train.make_optimizer(args, model, torch.device("cpu")).param_groups)
+    args, device, _, _, model, _ = built("--router", "token_choice")
+    decayed, free = (group["params"] for group in train.make_optimizer(args, model, device).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert len(names) == len(decayed) + len(free)
-    assert all(any(word in names[id(p)] for word in ("norm", "bias", "position", "router", ".b1", ".b2")) for p in free)
-    assert not any(any(word in names[id(p)] for word in ("norm", "bias", "position", "router", ".b1", ".b2")) for p in decayed)
+    spared = [any(word in names[id(p)] for word in ("norm", "bias", "position", "router", ".b1", ".b2")) for p in [*decayed, *free]]
+    assert spared == [False] * len(decayed) + [True] * len(free) and len(spared) == len(names)
 
 
-def test_a_batch_in_parts_takes_the_step_of_the_whole_batch():
+def test_a_batch_in_parts_takes_the_step_of_the_whole_batch_and_the_balance_weight_reaches_its_gradient():
     moved = []
-    for parts in ("1", "4"):
-        _, args = train.parse([*SMALL, "--router", "token_choice", "--noise-std", "0", "--balance", "switch", "--grad-accum", parts])
-        train.check(args)
-        device, task, data, model, _ = train.build(args)
-        model, optimizer = model.double(), train.make_optimizer(args, model, device)
-        batch = data.batch
+    for parts, weight in ("1", "0.5"), ("4", "0.5"), ("1", "0"):
+        args, device, task, data, model, _ = built("--router", "token_choice", "--noise-std", "0", "--balance", "switch",
+                                                   "--grad-accum", parts, "--balance-weight", weight)
+        model, optimizer, batch = model.double(), train.make_optimizer(args, model, device), data.batch
         data.batch = lambda step, part: {k: v.double() if v.is_floating_point() else v for k, v in batch(step, part=part).items()}
-        logged, _ = train.train_step(args, task, model, optimizer, data, 0, device)
-        moved.append([float(logged[name]) for name in ("loss", "balance", "top1", "grad_norm")] + [torch.cat([p.flatten() for p in model.parameters()])])
-    assert moved[0][:4] == pytest.approx(moved[1][:4], rel=1e-9) and torch.allclose(moved[0][4], moved[1][4], atol=1e-7)
-
-
-def test_the_balance_weight_reaches_the_router_gradient():
-    slopes = []
-    for weight in ("0", "0.5"):
-        _, args = train.parse([*SMALL, "--router", "token_choice", "--balance", "switch", "--balance-weight", weight, "--clip", "1e9"])
-        train.check(args)
-        device, task, data, model, _ = train.build(args)
-        kept = []
-        train.moes(model)[0].router.gate.weight.register_hook(kept.append)
-        train.train_step(args, task, model, train.make_optimizer(args, model, device), data, 0, device)
-        slopes.append(kept[0])
-    assert (slopes[0] - slopes[1]).abs().max() > 1e-4
-
-
-def test_ctrl_c_says_how_far_it_came_and_keeps_the_weights(tmp_path, capsys, monkeypatch):
-    step = train.train_step
-
-    def interrupted(args, task, model, optimizer, data, number, device):
-        if number == 2:
-            raise KeyboardInterrupt
-        return step(args, task, model, optimizer, data, number, device)
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    assert run(*SMALL, "--out", tmp_path / "run") == 130
-    assert "interrupted after 2 of 3 steps; weights so far are in" in capsys.readouterr().out
-    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 2 and not (tmp_path / "run/summary.json").exists()
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
-    assert "is no finished run: summary.json is missing" in refused(capsys, "--eval", tmp_path / "run")
+        logged, *_ = train.train_step(args, task, model, optimizer, data, 0, device)
+        moved.append((nn.utils.parameters_to_vector(model.parameters()), [float(logged[n]) for n in ("loss", "balance", "top1", "grad_norm")]))
+    (whole, said), (parted, said_in_parts), (_, unweighted) = moved
+    assert said == pytest.approx(said_in_parts, rel=1e-9) and torch.allclose(whole, parted, atol=1e-7)
+    assert said[:3] == unweighted[:3] and abs(said[3] - unweighted[3]) > 1e-4
 
 
 def test_the_ridge_probe_picks_its_penalty_by_leaving_one_out():
@@ -1251,32 +962,508 @@ def test_the_ridge_probe_picks_its_penalty_by_leaving_one_out():
     assert moe_vision.ridge_accuracy((x, y), (z, truth)) == pytest.approx(expected) and 0.5 < expected < 1
 
 
-def test_readme_counts_the_lines_of_code_of_each_router_and_names_them_all():
-    def lines(*parts):
-        """Lines of code, without docstrings, comments and blanks."""
-        trees = [ast.parse(inspect.getsource(part)) for part in parts]
-        for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef))):
-            node.body = node.body[bool(ast.get_docstring(node)):]
-        return sum(len({at for node in ast.walk(tree) if hasattr(node, "lineno") for at in range(node.lineno, node.end_lineno + 1)
-                        if not isinstance(node, (ast.ClassDef, ast.FunctionDef))} | {node.lineno for node in ast.walk(tree) if
-                        isinstance(node, (ast.ClassDef, ast.FunctionDef))}) for tree in trees)
+# ---------------------------------------------------------------- moe_tokens.py
+WORDS = "--task tokens --dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --context 16 --batch-size 4 --steps 3 --log-every 1 --vocab-size 320".split()
 
-    parts = {"token_choice": [routers.TokenChoice], "expert_choice": [routers.ExpertChoice], "soft": [routers.Soft], "hash": [routers.Hash],
-             "expert_threshold": [routers.ExpertThreshold]}
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A folder of three topics, forty documents each, whose words tell the topic; and one document of a fourth."""
+    folder, g = tmp_path_factory.mktemp("shelf"), random.Random(0)
+    for topic, words in ("en", "the cat sat on a mat and it was 3 pm"), ("de", "die Katze saß auf der Matte und es war 3 Uhr"), ("it", "il gatto (era) qui"):
+        for i in range(40):
+            (folder / topic).mkdir(exist_ok=True)
+            (folder / topic / f"{i}.txt").write_text(" ".join(g.choices(words.split(), k=120 + i)) + ".\n")
+    (folder / "fr").mkdir()
+    (folder / "fr/lone.txt").write_text("le chat est là. " * 20)
+    return folder
+
+
+def gpt(shelf, *flags):
+    """args, data and model of these flags in float64, and 3 sequences of it."""
+    args, _, _, data, model, _ = built("--data", str(shelf), *flags, small=WORDS)
+    return args, data, model.double(), torch.randint(len(data.tokenizer.pieces), (3, args.context), generator=seeded("sequences"))
+
+
+AXES = ["--router token_choice", "--router token_choice --top-k 2 --priority gate", "--router token_choice --balance bias --capacity-factor 1",
+        "--router token_choice --router-weights frozen --scope global", "--router token_choice --router-weights random --top-k 2",
+        "--router token_choice --router-weights self --gate linear", "--router hash", "--router hash --hash-key topic", "--router expert_threshold",
+        "--router expert_threshold --scope global", "--router dense", "--router token_choice --unit sequence --prefix 4",
+        "--router token_choice --unit sequence --prefix 4 --top-k 2 --scope global", "--router hash --unit sequence"]
+LEAKY = ["--router expert_choice", "--router soft", "--router sinkhorn_token_choice", "--router token_choice --capacity-factor 1 --priority gate",
+         "--router token_choice --unit sequence --pool mean", "--router token_choice --unit sequence --prefix 4 --score-from 1"]
+
+
+@pytest.mark.parametrize("flags", AXES + LEAKY)
+def test_a_gpt_lets_no_later_token_nor_another_sequence_in_unless_it_says_so(flags, shelf):
+    args, _, model, tokens = gpt(shelf, *flags.split(), *["--allow-leak"] * (flags in LEAKY))
+    topic, moved = torch.tensor([0, 1, 2]), 0.0
+    model.train()
+    with torch.no_grad():
+        out = model(tokens, topic)[0]
+        for t in range(args.score_from, args.context):
+            changed = tokens.clone()
+            changed[1, t] = (changed[1, t] + 1 + t) % 300
+            difference = (model(changed, topic)[0] - out).abs().amax(-1)  # [3, T]
+            assert difference[1, t] > 1e-6 and difference[[0, 2]].max() < 1e-10
+            moved = max(moved, difference[1, args.score_from - 1 : t].max().item())
+    assert (moved > 1e-6) == (flags in LEAKY) == (args.remark == "leaky"), moved
+
+
+@pytest.mark.parametrize("flags", [flags for flags in AXES if "topic" not in flags])
+def test_what_is_offered_for_sampling_says_of_a_beginning_what_it_says_of_the_whole(flags, shelf):
+    args, _, model, tokens = gpt(shelf, *flags.split())
+    with torch.no_grad(), train.dropless(model):
+        out = model(tokens)[0]
+        for t in range(args.prefix if args.unit == "sequence" else 1, args.context):
+            assert torch.allclose(model(tokens[:, :t])[0], out[:, :t], atol=1e-10)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_sequence_as_a_whole_goes_to_the_experts_that_its_prefix_chooses(top_k, shelf):
+    args, _, model, tokens = gpt(shelf, "--router", "token_choice", "--unit", "sequence", "--prefix", "4", "--top-k", str(top_k))
+    block, x = model.blocks[0], draw(5, 16, 16)
+    key = torch.zeros(5, 16, dtype=torch.long)
+    routing = model.route(block.feed, x, key)
+    y = block.feed(x.reshape(1, 5, -1), routing=routing)[0].view_as(x)
+    gates = block.feed.router.gate(x[:, :4].mean(1)).softmax(-1)
+    for b in range(5):
+        weight, chosen = gates[b].topk(top_k)
+        weight = weight / weight.sum() if top_k > 1 else weight
+        one = lambda e: F.gelu(x[b] @ block.feed.experts.w1[e] + block.feed.experts.b1[e]) @ block.feed.experts.w2[e] + block.feed.experts.b2[e]
+        assert torch.allclose(y[b], sum(w * one(e) for w, e in zip(weight, chosen)), atol=1e-12)
+
+
+def test_global_routing_is_one_object_of_one_router_in_all_blocks(shelf):
+    *_, model, tokens = gpt(shelf, "--router", "token_choice", "--scope", "global")
+    routings = model(tokens)[1]
+    assert len(routings) == 2 and routings[0] is routings[1] and model.blocks[0].feed.router is model.blocks[1].feed.router
+    assert model(tokens)[1][0] is not routings[0]
+    assert sum("router" in name for name, _ in model.named_parameters()) == 1
+
+
+def test_frozen_routers_stand_still_and_random_ones_change_each_step_but_not_in_evaluation(shelf):
+    for weights, moves in ("learned", True), ("frozen", False), ("random", False):
+        args, data, model, tokens = gpt(shelf, "--router", "token_choice", "--router-weights", weights, "--lr", "0.01")
+        gates, embedded, optimizer = [], model.embed.weight.clone(), train.make_optimizer(args, model, torch.device("cpu"))
+        first = model.blocks[0].feed.router.gate.weight.clone()
+        for step in range(2):
+            train.train_step(args, moe_tokens, model, optimizer, data, step, torch.device("cpu"))
+            gates.append((model.blocks[0].feed.router.drawn if weights == "random" else model.blocks[0].feed.router.gate).weight.clone())
+        assert torch.equal(model.blocks[0].feed.router.gate.weight, first) != moves and not torch.equal(model.embed.weight, embedded)
+        assert torch.equal(*gates) == (weights == "frozen")
+        model.eval()
+        assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+def test_a_gpt_starts_at_the_log_of_its_vocabulary_and_learns_a_batch_by_heart(shelf):
+    args, data, model, _ = gpt(shelf, "--router", "token_choice", "--lr", "0.01", "--steps", "200", "--dim", "32")
+    loss = lambda: moe_tokens.loss(model, batch)[0].item()
+    batch = data.batch(0)
+    assert abs(loss() / math.log(len(data.tokenizer.pieces)) - 1) < 0.02
+    data.batch = lambda step, part: batch
+    optimizer = train.make_optimizer(args, model.float(), torch.device("cpu"))
+    for step in range(args.steps):
+        train.train_step(args, moe_tokens, model, optimizer, data, step, torch.device("cpu"))
+    assert loss() < 0.1
+
+
+def test_the_tokenizer_brings_back_any_bytes_and_takes_the_longest_pieces():
+    text = "def naïve(x):\r\n\t return x  ** 2 # 日本語 \U0001f600\n\n\n    self.self_self = \"'''\" + 'ß' * 12345\n".encode()
+    tokenizer = moe_tokens.Tokenizer.learn([text * 3, b"the theatre then"], 280)
+    assert tokenizer.pieces[:256] == [bytes([i]) for i in range(256)] and len(set(tokenizer.pieces[256:])) == 24
+    g = np.random.default_rng(0)
+    for sample in [b"", text, b"\x00\xff\xfe", "\u2028\u0085 e\u0301 \ufeff".encode(), " \t \r \n\r".encode(), bytes(range(256))] + [
+            g.integers(0, 256, g.integers(1, 60), np.uint8).tobytes() for _ in range(300)]:
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+    tokenizer = moe_tokens.Tokenizer([b" the", b"at", b"atre", b"x", b"r"])
+    assert [tokenizer.pieces[i] for i in tokenizer.encode(b" theatre x")] == [b" the", b"atre", b" ", b"x"]
+    assert tokenizer.encode(b"x").tolist() == [259] and tokenizer.encode(b"xr").tolist() == [120, 114]  # a lexeme of its own, and bytes of another
+
+
+def test_the_standard_library_has_topics_in_both_parts_and_enough_bytes_a_token():
+    args = SimpleNamespace(data=None, seed=0, batch_size=16, context=128, score_from=1, vocab_size=None, replace_undecodable=False)
+    data = moe_tokens.load_data(args, "cpu")
+    long = collections.Counter(topic for topic, _, raw in moe_tokens.read_documents(None) if len(raw) > 999)
+    topics = [{data.topics[topic] for topic in data.parts[part][3]} for part in ("train", "validation")]
+    assert data.facts["bytes_per_token"] >= 2.5 and len(long) > 100 and all({topic for topic in long if long[topic] > 3} <= part for part in topics)
+    assert f"Python {sys.version.split()[0]}" in data.about and data.classes is moe_tokens.CODE and data.vocab_size == 4096
+    kinds = {piece: list(moe_tokens.CODE)[kind] for piece, kind in zip(data.tokenizer.pieces[256:], data.class_of[256:])}
+    assert [kinds[p] for p in (b" if", b" self", b" 1", b" =", b"(", b'"""', b"#", b"\n    ", b"  ")] == [
+        "keyword", "name", "number", "operator", "bracket", "string or comment mark", "string or comment mark", "newline and indent", "blank"]
+    assert set(data.class_of[:256].tolist()) == {list(moe_tokens.CODE).index("raw byte")}
+
+
+def test_blocks_lie_within_documents_which_are_divided_by_topic(shelf):
+    documents = moe_tokens.read_documents(shelf)
+    assert [sum(d[0] == topic for d in documents) for topic in ("de", "en", "fr", "it")] == [40, 40, 1, 40]
+    kept, held = moe_tokens.divide(documents)
+    assert sorted(kept + held) == sorted(documents) and collections.Counter(d[0] for d in held) == {"de": 4, "en": 4, "it": 4}
+    assert moe_tokens.divide([("", "x", b"12345678" + "äü".encode())]) == ([("", "x", "12345678ä".encode())], [("", "x", "ü".encode())])
+    args, data, *_ = gpt(shelf, "--router", "dense", "--score-from", "5")
+    for part, chosen in ("train", kept), ("validation", held):
+        rows = np.arange(len(data.parts[part][1]))
+        batch, texts = data.ready(part, rows), {raw for _, _, raw in documents}
+        for tokens, label, document, topic in zip(batch["input"], batch["label"], batch["document"], batch["topic"]):
+            text, name = data.tokenizer.decode(tokens), data.topics[topic]
+            assert any(text in raw for of, _, raw in documents if of == name)
+            assert (label[:4] == -100).all() and torch.equal(label[4:-1], tokens[5:])
+        lengths = [len(data.tokenizer.encode(raw)) for _, _, raw in (kept if part == "train" else held)]
+        assert len(rows) == sum((length - 1) // 16 for length in lengths) and (batch["bytes"][:, :4] == 0).all()
+    order = torch.cat([data.batch(step)["input"] for step in range(len(data.parts["train"][1]) // 4)])
+    assert len(order.unique(dim=0)) > 0.9 * len(order)
+    assert all(torch.equal(v[1:3], data.batch(1, part=slice(1, 3))[k]) for k, v in data.batch(1).items())
+
+
+def test_nanogpt_files_are_mapped_and_trained_on(tmp_path, capsys):
+    for name, count in ("train.bin", 1000), ("val.bin", 100):
+        (np.arange(count) % 50).astype(np.uint16).tofile(tmp_path / name)
+    flags = [*WORDS[:-2], "--router", "token_choice", "--data", tmp_path, "--vocab-size", 50]
+    assert run(*flags, "--out", tmp_path / "run") == 0 and "bits/byte" in capsys.readouterr().out
+    _, args = train.parse([str(flag) for flag in flags])
+    train.check(args)
+    data = moe_tokens.load_data(args, "cpu")
+    batch = data.batch(0)
+    assert torch.equal((batch["input"] + 1) % 50, batch["label"]) and isinstance(data.parts["train"][0], np.memmap)
+    assert "without a tokenizer writes no text" in refused(capsys, "--sample", tmp_path / "run", "--prompt", "x")
+
+
+@pytest.mark.parametrize("flags, rule", [
+    *[(flags, "--allow-leak runs it all the same") for flags in LEAKY], ("--router expert_choice --unit sequence", "--unit sequence needs a dropless router"),
+    ("--router token_choice --capacity-factor 1 --unit sequence", "--unit sequence needs a dropless router"), ("--data", "expected one argument"),
+    ("--router token_choice --unit sequence --prefix 17", "--prefix must be at most --context 16, got 17"), ("--router dense --data nowhere", "nowhere does not exist"),
+    ("--router token_choice --prefix 3", "--pool and --prefix are for --unit sequence"), ("--router dense --score-from 17", "--score-from must be at most"),
+    ("--router dense --scope global", "are for routers; --router dense has none"), ("--router token_choice --hash-key topic", "--hash-key is for --router hash"),
+    ("--router hash --hash-key topic --data one.txt", "needs text in at least two topics"), ("--router dense --data short.txt", "is shorter than one block"),
+    ("--router dense --data empty", "holds no text files"), ("--router dense --data latin.txt", "latin.txt is not UTF-8 at byte 2; --replace-undecodable"),
+    ("--router dense --data bins", "holds token 400, beyond --vocab-size 320"), ("--router dense --data odd", "must hold tokens of two bytes each, got 33 bytes"),
+    ("--router dense --data one.txt --batch-size 4000", "--batch-size 4000 is larger than the data"), ("--router dense --heads 3", "--heads must divide --dim"),
+    ("--router dense --data=", "--data is empty"), ("--sample nowhere --prompt x", "nowhere is no run: config.json is missing")])
+def test_a_wrong_text_or_axis_gets_one_line(flags, rule, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in "empty", "bins", "odd":
+        (tmp_path / folder).mkdir()
+    for folder, count in ("bins", 40), ("odd", 16):
+        for name in "train.bin", "val.bin":
+            np.full(count, 400, np.uint16).tofile(tmp_path / folder / name)
+    (tmp_path / "odd/train.bin").write_bytes(b"\0" * 33)
+    (tmp_path / "one.txt").write_text("one two three four " * 100)
+    (tmp_path / "short.txt").write_text("one two")
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve " * 400)
+    assert rule in refused(capsys, *WORDS, *(["--data", "one.txt"] if "--data" not in flags else []), *flags.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_leak_is_marked_on_every_line_and_vanishes_when_the_model_generates(shelf, tmp_path, capsys):
+    flags = [*WORDS, "--data", shelf, "--router", "expert_choice", "--allow-leak", "--out", tmp_path / "run"]
+    assert run(*flags) == 0
+    said = capsys.readouterr().out
+    assert "router expert_choice (leaky)" in said and "| expert_choice (leaky) |" in said
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(line["remark"] == "leaky" for line in lines)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    args, task, data, model, device, *_ = train.load_run(tmp_path / "run", "cpu")
+    batch, total = data.ready("validation", data.scored[:: max(1, len(data.scored) // 32)][:32]), 0.0
+    for row in range(len(batch["input"])):
+        for t in range(args.context):
+            logits, _ = model(batch["input"][row : row + 1, : t + 1])
+            total += F.cross_entropy(logits[0, -1], batch["label"][row, t]).item()
+    assert summary["generated"]["loss"] == pytest.approx(total / batch["label"].numel(), rel=1e-4) and summary["router"] == "expert_choice (leaky)"
+
+
+def test_a_finished_run_writes_on_from_a_prompt_or_says_why_not(shelf, tmp_path, capsys):
+    common = [*WORDS, "--data", shelf]
+    assert run(*common, "--router", "expert_threshold", "--out", tmp_path / "a") == 0
+    assert run(*common, "--router", "token_choice", "--unit", "sequence", "--prefix", "8", "--out", tmp_path / "b") == 0
+    assert run(*common, "--router", "hash", "--hash-key", "topic", "--out", tmp_path / "c") == 0
+    assert "| hash (topic oracle) |" in capsys.readouterr().out
+    assert run(*common, "--router", "token_choice", "--unit", "sequence", "--pool", "mean", "--allow-leak", "--out", tmp_path / "d") == 0
+    assert run(*SMALL, "--out", tmp_path / "e") == 0
+    page = (tmp_path / "a/sample.html").read_text()
+    assert "<h2>block 1</h2>" in page and page.count("<span") > 20 and json.loads((tmp_path / "a/tokenizer.json").read_text())
+    capsys.readouterr()
+    texts = []
+    for extra in ["--temperature", 0], ["--temperature", 0], ["--seed", 1], ["--seed", 2]:
+        assert run("--sample", tmp_path / "a", "--prompt", "the cat", "--max-new-tokens", 30, *extra) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[2] != texts[3] and all(text.startswith("the cat") and "sampled dropless" in text for text in texts)
+    assert run("--sample", tmp_path / "b", "--prompt", "the cat sat on a mat and it") == 0
+    for folder, prompt, rule in [("a", "", "--prompt is empty"), ("b", "the", "routes by the first 8 tokens; --prompt has only 1"), ("c", "the", "a prompt has none"),
+                                 ("d", "the", "the mean of a whole sequence"), ("e", "the", "a run of --task vision without a tokenizer")]:
+        assert rule in refused(capsys, "--sample", tmp_path / folder, "--prompt", prompt)
+
+
+def test_sampling_keeps_to_the_likeliest_tokens():
+    class Fixed(nn.Module):
+        context, position = 4, torch.zeros(1)
+
+        def forward(self, tokens):
+            return torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(*tokens.shape, 4), {}
+
+    drawn = lambda **options: np.bincount(moe_tokens.generate(Fixed(), [0], 400, **options)[1:], minlength=4) / 400
+    assert drawn(temperature=0).tolist() == [1, 0, 0, 0] and drawn(top_p=0.4).tolist() == [1, 0, 0, 0]
+    assert np.allclose(drawn(top_p=0.8), [5 / 8, 3 / 8, 0, 0], atol=0.08) and np.allclose(drawn(), [0.5, 0.3, 0.15, 0.05], atol=0.08)
+
+
+# ---------------------------------------------------------------- what experts specialise in
+def test_nmi_equals_values_worked_out_by_hand_and_its_null_permutes_whole_units():
+    assert train.nmi(torch.eye(4)) == pytest.approx(1) and train.nmi(torch.ones(3, 5)) == pytest.approx(0) == train.nmi(torch.tensor([[1.0, 0], [1, 0]]))
+    p = torch.tensor([[0.5, 0.0], [0.25, 0.25]])  # H = 1 bit and 0.8113 bits, I = 0.3113 bits
+    assert train.nmi(p * 7) == pytest.approx(0.311278 / math.sqrt(0.811278), abs=1e-5)
+    unit = torch.arange(400) // 100  # 4 documents of 100 tokens, two topics; experts follow the document
+    label, mass = (unit >= 2).long(), F.one_hot(unit, 4).float()
+    value, mean, bound = train.nmi_and_null(mass, label, unit)
+    assert [value, mean, bound] == pytest.approx([1 / math.sqrt(2)] * 3)  # 4 documents cannot prove a topic: any labels fit as well
+    value, mean, bound = train.nmi_and_null(mass, label, torch.arange(400))
+    assert value > 0.7 and bound < 0.05 and 0 < mean <= bound
+
+
+@pytest.mark.parametrize("flags, name", [("--router hash --hash-key topic", "topic"), ("--router hash", "token class")])
+def test_experts_of_a_topic_know_the_topic_and_those_of_a_token_its_class(flags, name, shelf, tmp_path, capsys):
+    assert run(*WORDS, "--data", shelf, *flags.split(), "--out", tmp_path / "run") == 0
+    value, mean, bound = json.loads((tmp_path / "run/summary.json").read_text())["specialisation"]["0"][name]
+    assert value > bound > mean and (name != "topic" or value == pytest.approx(1))
+    assert "block 0, expert 0:" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- grids and tables
+def test_a_grid_drops_what_a_router_ignores_merges_equal_runs_and_keeps_finished_ones(tmp_path, capsys):
+    grid = [*SMALL, "--router", "dense", "token_choice", "soft", "--priority", "choice", "gate", "--seed", "0", "1", "--out", tmp_path]
+    assert run(*grid) == 0
+    names = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir() if path.is_dir())
+    assert names == sorted([f"{r}-seed_{s}" for r in ("dense", "soft") for s in "01"] + [f"token_choice-priority_{p}-seed_{s}" for p in ("choice", "gate") for s in "01"])
+    table = (tmp_path / "results.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert len(rows) == 2 + 4 and table.strip() in capsys.readouterr().out and {"seeds", "priority", "to the best", "10-shot %"} <= set(rows[0])
+    runs = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    scores = [line["summary"]["test"]["top1"] for line in runs if line["flags"]["router"] == "soft"]
+    soft = dict(zip(rows[0], next(row for row in rows if row[0] == "soft")))
+    assert soft["top-1 %"] == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" and soft["seeds"] == "2"
+    touched = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.pt")}
+    (next(tmp_path.glob("soft-seed_1-*")) / "summary.json").unlink()
+    assert run(*grid) == 0
+    again = [path.parent.name for path, time in touched.items() if path.stat().st_mtime_ns != time]
+    assert len(again) <= 1 and (tmp_path / "results.md").read_text().splitlines()[0] == table.splitlines()[0]
+    assert run("--table", tmp_path) == 0
+
+
+def test_a_grid_with_an_invalid_cell_does_not_start_but_all_leaves_it_out(shelf, tmp_path, capsys):
+    refused(capsys, *SMALL, "--experts", 2, 4, "--router", "token_choice", "--top-k", 3, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert run(*WORDS, "--data", shelf, "--router", "all", "--steps", 1, "--out", tmp_path / "y") == 0
+    said = capsys.readouterr().out
+    assert "left out: expert_choice: --router expert_choice is not causal" in said
+    assert {path.name.split("-")[0] for path in (tmp_path / "y").iterdir() if path.is_dir()} == {"dense", "token_choice", "hash", "expert_threshold"}
+    assert "no finished run" in refused(capsys, "--table", tmp_path)
+
+
+# ---------------------------------------------------------------- runs that survive
+LONG = ["--steps", "40", "--save-every", "7", "--log-every", "1"]
+CHAINS = [("vision", "expert_threshold", []), ("tokens", "token_choice", ["--balance", "bias"])]
+if os.environ.get("EVERY_ROUTER"):  # the full matrix, minutes: EVERY_ROUTER=1 python -m pytest -q -k kills
+    CHAINS += [(task, router, ["--allow-leak"] * (task == "tokens")) for task in ("vision", "tokens")
+               for router in ("token_choice", "sinkhorn_token_choice", "expert_choice", "sinkhorn_expert_choice", "sparse_expert_choice", "soft")]
+FORK = multiprocessing.get_context("forkserver")  # children of a process that has torch loaded
+FORK.set_forkserver_preload(["train"])
+
+
+@pytest.mark.parametrize("task, router, flags", CHAINS)
+def test_a_run_that_is_killed_and_resumed_three_times_ends_as_one_unbroken(task, router, flags, shelf, tmp_path):
+    flags = [*(SMALL if task == "vision" else [*WORDS, "--data", str(shelf)]), *LONG, "--router", router, *flags]
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run(*flags, "--out", a) == 0
+    ends, lines = [], lambda: (b / "metrics.jsonl").read_bytes().splitlines() if (b / "metrics.jsonl").exists() else []
+    for kill, most in enumerate((10, 18, 25)):
+        child = FORK.Process(target=train.main, args=([*flags, "--out", str(b)] if kill == 0 else ["--resume", str(b)],))
+        child.start()
+        while child.is_alive() and not (len(lines()) >= most and (b / "checkpoint.pt").exists()):
+            time.sleep(0.002)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL and not (b / "summary.json").exists()
+        checkpoint = torch.load(b / "checkpoint.pt", weights_only=True)
+        ends.append((checkpoint["step"], len(lines()), checkpoint["model"]["embed.weight"]))
+        with open(b / "metrics.jsonl", "ab") as file:
+            file.write(b'{"step": 39, "lo')  # as if it had died in the middle of a line
+    assert any(count > step for step, count, _ in ends), "no line was ever cut back"
+    assert ends[0][0] < ends[1][0] < ends[2][0] and not torch.equal(ends[0][2], ends[2][2])
+    assert run("--resume", b) == 0
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"]) and one["step"] == other["step"] == 40
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_first_and_a_resumed_run_ends_as_one_unbroken(number, status, tmp_path, capsys, monkeypatch):
+    step, flags = train.train_step, [*SMALL, "--steps", "6", "--router", "expert_threshold"]
+    assert run(*flags, "--out", tmp_path / "a") == 0
+
+    def signalled(*given):
+        if given[5] == 2:  # the number of the step
+            os.kill(os.getpid(), number)
+        return step(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", signalled)
+        assert run(*flags, "--out", tmp_path / "b") == status
+    assert f"interrupted after 3 of 6 steps; --resume {tmp_path / 'b'} goes on from there" in capsys.readouterr().out
+    assert "is no finished run: summary.json is missing" in refused(capsys, "--eval", tmp_path / "b")
+    for flag, value, had in ("--router", "dense", "expert_threshold"), ("--dim", 32, 16), ("--lr", 1, 0.003):
+        assert f"contradicts the run in {tmp_path / 'b'}, which has {had}" in refused(capsys, "--resume", tmp_path / "b", flag, value)
+    assert run("--resume", tmp_path / "b", "--log-every", 1, "--save-every", 1) == 0
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_diverges_stops_at_its_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    loss = moe_vision.loss
+    calls = iter(range(100))
+    monkeypatch.setattr(moe_vision, "loss", lambda *given: (lambda value, *rest: (value * (math.nan if next(calls) == 7 else 1), *rest))(*loss(*given)))
+    assert run(*SMALL, "--steps", 9, "--save-every", 2, "--out", tmp_path / "run") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"diverged at step \d: loss nan, gradient norm nan; per block .*load.*; the checkpoint of step \d in", said), said
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert saved["step"] == int(re.search(r"checkpoint of step (\d)", said)[1]) and all(torch.isfinite(z).all() for z in saved["model"].values())
+    monkeypatch.setattr(moe_vision, "loss", loss)
+    assert run("--resume", tmp_path / "run") == 0
+
+
+class Spy:  # what a pickle in place of a checkpoint could do
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_checkpoint_that_is_cut_changed_or_malicious_is_refused_and_left_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*SMALL, "--router", "token_choice", "--out", "run") == 0
+    path = tmp_path / "run/checkpoint.pt"
+    good, g = path.read_bytes(), random.Random(0)
+    middle = good.index(b"data/0") + 500
+    changed = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+    evil = io.BytesIO()
+    torch.save({"model": Spy()}, evil)
+    for bad in good[: len(good) // 2], changed, evil.getvalue(), pickle.dumps(Spy()), b"":
+        path.write_bytes(bad)
+        lines = (tmp_path / "run/metrics.jsonl").read_bytes()
+        for flag in "--resume", "--eval":
+            assert "cannot be read as a checkpoint" in refused(capsys, flag, "run")
+        assert path.read_bytes() == bad and (tmp_path / "run/metrics.jsonl").read_bytes() == lines and not (tmp_path / "exploded").exists()
+
+
+def test_a_full_disk_gets_one_line_and_what_was_saved_stays_whole(tmp_path, capsys, monkeypatch):
+    assert run(*SMALL, "--out", tmp_path / "run") == 0
+    before, fsync = (tmp_path / "run/checkpoint.pt").read_bytes(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left on device" in refused(capsys, "--resume", tmp_path / "run", "--steps", 9)
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("run/*.part"))
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_cifar(tmp_path / "data")
+    assert run(*SMALL, "--data", tmp_path / "data", "--out", tmp_path / "other") == 0
+    (tmp_path / "data/test_batch.bin").unlink()
+    assert "lacks test_batch.bin" in refused(capsys, "--resume", tmp_path / "other")
+
+
+def one_of_two(rank, port, unsynchronised, argv):
+    """A process as torchrun starts it."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if unsynchronised:
+        train.DistributedDataParallel = lambda model: model
+    sys.exit(train.main(argv))
+
+
+def in_two_processes(argv, unsynchronised=False):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    children = [FORK.Process(target=one_of_two, args=(rank, port, unsynchronised, [str(word) for word in argv])) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    return [child.exitcode for child in children]
+
+
+@pytest.mark.parametrize("flags", [[*SMALL, "--router", "token_choice", "--noise-std", "1"], [*WORDS, "--router", "token_choice", "--balance", "bias"]])
+def test_two_processes_take_the_steps_of_one_and_would_not_without_synchronised_gradients(flags, shelf, tmp_path):
+    y = np.arange(64) % 4
+    x = np.broadcast_to((60 * y).astype(np.uint8)[:, None, None, None], (64, 16, 16, 3))
+    write_npz(tmp_path / "x.npz", x_train=x, y_train=y)
+    flags = [*flags, "--data", shelf if "tokens" in flags else tmp_path / "x.npz", "--dtype", "float64", "--schedule", "constant", "--warmup", 0, "--lr", 0.02,
+             "--steps", 20, "--batch-size", 16]
+    assert run(*flags, "--out", tmp_path / "one") == 0 and in_two_processes([*flags, "--out", tmp_path / "two"]) == [0, 0]
+    assert in_two_processes([*flags, "--out", tmp_path / "apart"], unsynchronised=True) == [0, 0]
+    one, two, apart = ([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[:20]] for name in ("one", "two", "apart"))
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-9 and one[-1] < 0.9 * one[0]
+    assert max(abs(a - b) for a, b in zip(one, apart)) > 1e-6
+
+
+def test_sequences_are_routed_in_one_process_only(shelf, tmp_path):
+    assert in_two_processes([*WORDS, "--data", shelf, "--router", "token_choice", "--unit", "sequence", "--out", tmp_path / "run"]) == [2, 2]
+
+
+def damaged(good, g):
+    """These bytes cut short, or with some of them changed."""
+    if g.random() < 0.4:
+        return good[: g.randrange(len(good))]
+    bad = bytearray(good)
+    for _ in range(g.choice([1, 1, 2, 8, 40])):
+        bad[g.randrange(len(bad))] = g.randrange(256)
+    return bytes(bad)
+
+
+def test_readers_end_in_a_value_or_a_valueerror_whatever_the_bytes(shelf, tmp_path):
+    write_cifar(tmp_path / "cifar")
+    write_npz(tmp_path / "x.npz")
+    (tmp_path / "bin").mkdir()
+    for name in "train.bin", "val.bin":
+        (np.arange(200) % 300).astype(np.uint16).tofile(tmp_path / "bin" / name)
+    (tmp_path / "one.txt").write_text("Dies sei — naïve — ein Text. " * 30)
+    assert run(*SMALL, "--out", tmp_path / "run") == 0
+    assert run(*WORDS, "--data", shelf, "--router", "dense", "--out", tmp_path / "words") == 0
+    text = lambda path: moe_tokens.load_data(SimpleNamespace(data=str(path), seed=0, batch_size=2, context=8, score_from=1, vocab_size=300, replace_undecodable=False), "cpu")
+
+    def restored(folder):
+        _, args = train.parse(["--resume", str(folder)])
+        args.run = pathlib.Path(args.resume)
+        task = train.TASKS[args.task]
+        model = train.build(args)[3]
+        return train.restore(folder, model, train.make_optimizer(args, model, torch.device("cpu")))
+
+    readers = [(tmp_path / "cifar/data_batch_1.bin", lambda path: stored(path.parent), 300), (tmp_path / "x.npz", lambda path: stored(path), 300),
+               (tmp_path / "one.txt", text, 300), (tmp_path / "bin/train.bin", lambda path: text(path.parent), 300),
+               (tmp_path / "words/tokenizer.json", moe_tokens.Tokenizer.read, 300), (tmp_path / "run/config.json", lambda path: train.load_run(path.parent, "cpu"), 200),
+               (tmp_path / "run/checkpoint.pt", lambda path: train.read_checkpoint(path.parent), 300)]
+    for path, read, times in readers:
+        good, g, outcomes = path.read_bytes(), random.Random(1), {"read": 0, "refused": 0}
+        for _ in range(times):
+            path.write_bytes(damaged(good, g))
+            try:
+                read(path)
+                outcomes["read"] += 1
+            except ValueError as error:
+                assert str(error) and len(str(error).splitlines()) == 1
+                outcomes["refused"] += 1
+        path.write_bytes(good)
+        read(path)
+        assert outcomes["refused"] > 20, (path, outcomes)
+
+
+# ---------------------------------------------------------------- README.md
+def test_readme_counts_the_lines_of_code_of_each_router_and_names_them_all():
+    code = lambda part: re.sub(r'"""(.|\n)*?"""', "", inspect.getsource(part))  # without docstrings
+    count = lambda part: len(re.findall(r"^ *[^ #\n]", code(part), re.M))  # nor blanks and comments
+    parts = {name: [ROUTERS[name]] for name in ("token_choice", "expert_choice", "soft", "hash", "expert_threshold")}
     for who in ("token", "expert"):
         parts |= {f"sinkhorn_{who}_choice": [routers.Sinkhorn, sinkhorn_plan], f"sparse_{who}_choice": [routers.Sparse, sparse_plan, project]}
-    text = (pathlib.Path(__file__).parent / "README.md").read_text()
-    said = {name: int(count) for name, count in re.findall(r"^\| `(\w+)` \|.*\| \+?(\d+) \|$", text, re.M)}
-    assert said == {name: lines(*of) for name, of in parts.items()} and (len(said) == 9) and set(said) <= set(ROUTERS)
+    said = {name: int(count) for name, count in re.findall(r"^\| `(\w+)` \|.*\| \+?(\d+) \|$", (ROOT / "README.md").read_text(), re.M)}
+    assert said == {name: sum(map(count, of)) for name, of in parts.items()} and set(said) <= set(ROUTERS)
 
 
 def test_readme_adds_a_router_that_flags_and_these_tests_pick_up(tmp_path):
-    root = pathlib.Path(__file__).parent
-    block = re.search(r"```python\n(class .*?ROUTERS\[\"(\w+)\"\].*?)```", (root / "README.md").read_text(), re.S)
+    block = re.search(r"```python\n(class .*?ROUTERS\[\"(\w+)\"\].*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(block[1].splitlines()) <= 15
-    for name in ("moe_vision.py", "train.py", "test_routers.py", "README.md"):
-        (tmp_path / name).write_bytes((root / name).read_bytes())
-    (tmp_path / "routers.py").write_text((root / "routers.py").read_text() + "\n\n" + block[1])
+    for name in ("moe_tokens.py", "moe_vision.py", "train.py", "test_routers.py", "README.md"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "routers.py").write_text((ROOT / "routers.py").read_text() + "\n\n" + block[1])
     python = lambda *words: subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=170)
     tests = python("-m", "pytest", "-q", "test_routers.py", "-k", f"{block[2]} and not readme")
     assert tests.returncode == 0 and int(re.search(r"(\d+) passed", tests.stdout)[1]) >= 20, tests.stdout[-2000:]

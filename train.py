@@ -718,8 +718,8 @@ def load_run(folder, device):
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no finished run: {pathlib.Path(error.filename).name} is missing") from None
-    except (KeyError, TypeError, AttributeError, RuntimeError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} cannot be read as a run: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # flags and weights that do not fit together fail in many ways
+        raise ValueError(f"{folder} cannot be read as a run: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     return saved, task, data, model, device, gflops, seconds
 
 
