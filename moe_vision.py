@@ -13,13 +13,11 @@ import math
 import os
 import pathlib
 import tarfile
-import urllib.request
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from routers import MoE, seeded
 
@@ -211,21 +209,12 @@ def download(name, root="data"):
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    archive = folder.with_suffix(".tar.gz")
-    part = folder.with_suffix(".part")
+    archive, part = folder.with_suffix(".tar.gz"), folder.with_suffix(".part")
     try:
-        with urllib.request.urlopen(url, timeout=60) as reply, open(archive, "wb") as file:
-            size, seen, digest = int(reply.headers.get("Content-Length") or 0), 0, hashlib.md5()
-            with tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
-                while block := reply.read(1 << 16):
-                    file.write(block)
-                    digest.update(block)
-                    seen += len(block)
-                    bar.update(len(block))
-        if size and seen != size:
-            raise ValueError(f"the download of {url} broke off at {seen} of {size} bytes and was deleted")
-        if digest.hexdigest() != md5:
-            raise ValueError(f"{url} has md5 {digest.hexdigest()}, not {md5}; the download was deleted")
+        torch.hub.download_url_to_file(url, archive)
+        digest = hashlib.md5(archive.read_bytes()).hexdigest()
+        if digest != md5:
+            raise ValueError(f"{url} has md5 {digest}, not {md5}: cut short or changed; the download was deleted")
         part.mkdir(exist_ok=True)
         with tarfile.open(archive) as members:
             for member in members:  # a member's path is never trusted: only its last part names the file

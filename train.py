@@ -42,10 +42,11 @@ from tqdm import tqdm
 
 import moe_tokens
 import moe_vision
-from routers import CHOICES, ROUTERS, MoE, build_router, seeded
+from routers import CHOICES, ROUTERS, MoE, Routing, build_router, seeded
 
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
-UNRELATED = {"device", "out", "overwrite", "eval", "sample", "table", "resume", "log_every", "save_every", "run"}  # flags that change no result
+UNRELATED = {"device", "out", "overwrite", "eval", "sample", "table", "resume", "log_every", "save_every", "run", "bench", "tokens",
+             "group_size", "repeats"}  # flags that change no result
 DEFAULTS = dict(weight_decay=0.05, warmup=0.1, clip=1.0, grad_accum=1, z_loss=0.0, balance="none", expert_init="independent",
                 dense_match="active", schedule="cosine", dtype="auto")
 BALANCE = {"none": {}, "vmoe": {"importance": 0.005, "load": 0.005}, "switch": {"balance": 0.01}, "bias": {}}
@@ -147,6 +148,11 @@ def make_parser(task, size, router):
     model.add_argument("--expert-init", choices=("independent", "identical"), help="experts start apart, or all alike (V-MoE)")
     model.add_argument("--dense-match", choices=("active", "total"), help="with --router dense: FFNs as wide as the K active experts, or as all")
     module.add_flags(parser, KINDS)
+    cost = parser.add_argument_group("what routing costs")
+    cost.add_argument("--bench", action="store_true", help="time one MoE layer of every router (or of --router), then stop")
+    cost.add_argument("--tokens", type=whole, default=4096, help="tokens of that layer")
+    cost.add_argument("--group-size", type=whole, default=256, help="tokens in a group of it")
+    cost.add_argument("--repeats", type=whole, default=5, help="rounds that are timed")
     options = parser.add_argument_group("router options, for the routers named")
     for name, default in OPTIONS.items():
         option_flag(options, name, default)
@@ -169,6 +175,7 @@ def parse(argv):
     for name, default in (("task", "vision"), ("size", "tiny"), ("router", "expert_choice"), ("balance", None), ("router-weights", None),
                           ("sample", None), ("resume", None)):
         first.add_argument("--" + name, default=default)
+    first.add_argument("--bench", action="store_true")
     known, _ = first.parse_known_args(argv)
     try:
         saved = read_flags(known.resume) if known.resume else {}
@@ -180,6 +187,8 @@ def parse(argv):
     if known.router_weights not in (None, "learned") and known.balance is None:
         parser.set_defaults(balance="none")  # there is nothing to balance with
     parser.set_defaults(**saved)
+    if known.bench:
+        parser.set_defaults(dim=256, hidden=1024, experts=16)
     args = parser.parse_args(argv)
     for name, value in saved.items():
         if getattr(args, name) != value and name not in UNRELATED | {"steps"}:
@@ -235,11 +244,14 @@ def pick_device(name):
 
 
 # ---------------------------------------------------------------- building
+def router_options(args, router):
+    """The options of a router that these flags set; what they leave open stands as build_router has it."""
+    options = {name: getattr(args, FLAG.get(name, name)) for name in ROUTERS[router].defaults}
+    return {name: None if value == "none" else value for name, value in options.items() if value is not None}
+
+
 def make_router(args):
-    """The router these flags describe; what they leave open stands as build_router has it."""
-    options = {name: getattr(args, FLAG.get(name, name)) for name in ROUTERS[args.router].defaults}
-    options = {name: None if value == "none" else value for name, value in options.items() if value is not None}
-    return build_router(args.router, args.dim, args.experts, **options)
+    return build_router(args.router, args.dim, args.experts, **router_options(args, args.router))
 
 
 def make_feed(args):
@@ -754,11 +766,13 @@ def main(argv=None):
 
 def command(argv):
     settings = split_flags(argv)
-    if any(len(values) > 1 for values in settings.values()) or settings.get("--router") == ["all"]:
+    if "--bench" not in settings and (any(len(values) > 1 for values in settings.values()) or settings.get("--router") == ["all"]):
         return grid(settings)
     parser, args = parse(argv)
     try:
-        if args.eval:
+        if args.bench:
+            bench(args, settings)
+        elif args.eval:
             args, task, data, model, device, gflops, seconds = load_run(args.eval, args.device)
             conclude(args, task, model, data, device, gflops, seconds)
         elif args.sample:
@@ -797,6 +811,68 @@ def run(args, folder=None):
     if processes()[0] == 0:
         save(folder, "summary.json", conclude(args, task, model, data, device, gflops, seconds, folder))
     return 0
+
+
+# ---------------------------------------------------------------- what routing costs
+def bench(args, given):
+    """Forward and backward of one MoE layer for every router (or --router), against what it could cost at least.
+
+    In the same rounds: a dense FFN of the experts' FLOPs, the batched experts alone on as many slots, and the tensor
+    (einsum) form. Times are medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
+    """
+    device, rows, result = pick_device(args.device), [], []
+    square = torch.randn(2048, 2048, device=device)
+    peak = 3 * 2 * 2048**3 / min(timed(args, device, lambda z: z @ z, square)[0] for _ in range(5))  # FLOP/s
+    for name in [args.router] if "--router" in given and args.router != "all" else ROUTERS:
+        options = {option: value for option, value in router_options(args, name).items() if "--" + FLAG.get(option, option).replace("_", "-") in given}
+        moe = MoE(build_router(name, args.dim, args.experts, **options), args.hidden).to(device)
+        ffn = nn.Sequential(nn.Linear(args.dim, args.hidden), nn.GELU(), nn.Linear(args.hidden, args.dim)).to(device)
+        x = torch.randn(args.tokens // args.group_size, args.group_size, args.dim, device=device)
+        with torch.no_grad():
+            routing = moe(x)[1]  # also makes Soft MoE's slots
+            G, E, C, D = routing.dispatch(x).shape
+        filled = int((routing.index < routing.tokens).sum()) if getattr(routing, "ragged", False) else G * E * C
+        layer, form = torch.compile(moe) if args.compile else moe, lambda r: Routing(*r.tensors(), r.load)
+        calls = {"layer": (lambda z: layer(z)[0], x), "dense": (ffn, x.new_empty(filled, D).normal_()),
+                 "bare experts": (moe.experts, x.new_empty(E, G, C, D).normal_().transpose(0, 1)),  # in memory as dispatch lays them
+                 "tensor form": (lambda z: form(moe.router(z)).run(z, moe.experts), x)}
+        if name == "soft" or G * E * C * args.group_size >= 2**27:
+            del calls["tensor form"]  # it is the only form, or would take gigabytes
+        first, times = timed(args, device, *calls["layer"])[0], {what: [] for what in calls}
+        for _ in range(args.repeats + 2):
+            for what, call in calls.items():
+                times[what].append(timed(args, device, *call))
+        ms = {what: 1e3 * float(np.median([seconds for seconds, _ in of[2:]])) for what, of in times.items()}
+        kept = {what: times[what][-1][1] / 2**20 for what in ("layer", "dense")}
+        share = 3 * 4 * filled * D * args.hidden / (ms["layer"] / 1e3) / peak
+        rows.append({"router": name, "ms": f"{ms['layer']:.1f}", **{"/ " + what: f"{ms['layer'] / ms[what]:.2f}" if what in ms else "-" for what in
+                     ("dense", "bare experts", "tensor form")}, "tokens/s": f"{1e3 * args.tokens / ms['layer']:,.0f}", "% of matmul peak": f"{100 * share:.0f}",
+                     "MiB kept": f"{kept['layer']:.0f}", "dense MiB": f"{kept['dense']:.0f}"} | ({"first step s": f"{first:.1f}"} if args.compile else {}))
+        result.append({"router": name, "options": options, "ms": ms, "first_step_s": first, "MiB": kept, "peak_flops": peak})
+    print(f"{args.tokens} tokens in groups of {args.group_size}, width {args.dim}, hidden {args.hidden}, {args.experts} experts; {device.type}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, matmul peak {peak / 1e9:.0f} GFLOP/s, median of {args.repeats}")
+    print(table(rows))
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def timed(args, device, call, x):
+    """Seconds of one forward and backward, and the bytes of distinct tensors kept between them, weights and input apart."""
+    x, seen, synchronize = x.detach().requires_grad_(), {}, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def pack(tensor):
+        if not tensor.is_leaf or not tensor.requires_grad:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    synchronize()
+    start = time.perf_counter()
+    with precision(args, device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call(x)
+    y.sum().backward()
+    synchronize()
+    seen.pop(x.untyped_storage().data_ptr(), None)
+    return time.perf_counter() - start, sum(seen.values())
 
 
 # ---------------------------------------------------------------- grids: the same run, many times
