@@ -56,32 +56,21 @@ FLAG = {"weights": "router_weights"}  # an option's flag bears its own name, but
 
 
 # ---------------------------------------------------------------- flags
-def whole(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
-    return number
+def number(rule, held, kind=float):
+    """A parser of numbers for argparse, which holds them to a rule."""
+    def parse(text):
+        value = kind(text)
+        if not held(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse names it in "invalid ... value"
+    return parse
 
 
-def positive(text):
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return number
-
-
-def at_least_0(text):
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number >= 0, got {text}")
-    return number
-
-
-def below_1(text):
-    number = float(text)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 up to 1, got {text}")
-    return number
+KINDS = SimpleNamespace(  # for the model files' own flags too
+    whole=number("a whole number >= 1", lambda n: n >= 1, int), positive=number("a positive number", lambda x: 0 < x < math.inf),
+    at_least_0=number("a number >= 0", lambda x: 0 <= x < math.inf), below_1=number("a share from 0 up to 1", lambda x: 0 <= x < 1))
 
 
 def numbers(text):
@@ -89,13 +78,10 @@ def numbers(text):
 
 
 def capacity(text):
-    return text if text == "none" else positive(text)
+    return text if text == "none" else KINDS.positive(text)
 
 
-KINDS = SimpleNamespace(whole=whole, positive=positive, at_least_0=at_least_0)  # for the model files' own flags
-for parse, name in ((whole, "whole number"), (positive, "number"), (at_least_0, "number"), (below_1, "number"), (capacity, "number"),
-                    (numbers, "list such as 1,3")):
-    parse.__name__ = name  # argparse names it in "invalid ... value"
+numbers.__name__, capacity.__name__ = "list such as 1,3", "number"
 
 
 def option_flag(parser, name, default):
@@ -110,7 +96,7 @@ def option_flag(parser, name, default):
     elif name == "capacity_factor":
         parser.add_argument(flag, type=capacity, help=f"a number, or none for dropless; {about}")
     else:
-        parser.add_argument(flag, type=whole if default is None or isinstance(default, int) else at_least_0, help=about)
+        parser.add_argument(flag, type=KINDS.whole if default is None or isinstance(default, int) else KINDS.at_least_0, help=about)
 
 
 def make_parser(task, size, router):
@@ -132,34 +118,34 @@ def make_parser(task, size, router):
     run.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped; its flags hold, but for steps, device and intervals")
     run.add_argument("--dtype", choices=("auto", "float32", "float64", "bfloat16"), help="auto: bfloat16 autocast on CUDA, else float32")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--log-every", type=whole, default=50, help="steps between lines of metrics.jsonl")
-    run.add_argument("--save-every", type=whole, default=200, help="steps between checkpoints")
+    run.add_argument("--log-every", type=KINDS.whole, default=50, help="steps between lines of metrics.jsonl")
+    run.add_argument("--save-every", type=KINDS.whole, default=200, help="steps between checkpoints")
     train = parser.add_argument_group("optimisation: AdamW with warm-up")
     train.add_argument("--schedule", choices=("cosine", "constant"), help="the learning rate after the warm-up: cosine to 0, or constant")
-    for name, kind, about in (("steps", whole, "optimiser steps"), ("batch_size", whole, "examples a step"), ("lr", positive, "peak learning rate"),
-                              ("grad_accum", whole, "parts a batch is computed in"), ("warmup", below_1, "share of the steps"),
-                              ("weight_decay", at_least_0, "not on norms, biases, positions, routers"), ("clip", positive, "largest gradient norm")):
+    for name, kind, about in (("steps", KINDS.whole, "optimiser steps"), ("batch_size", KINDS.whole, "examples a step"), ("lr", KINDS.positive, "peak learning rate"),
+                              ("grad_accum", KINDS.whole, "parts a batch is computed in"), ("warmup", KINDS.below_1, "share of the steps"),
+                              ("weight_decay", KINDS.at_least_0, "not on norms, biases, positions, routers"), ("clip", KINDS.positive, "largest gradient norm")):
         train.add_argument("--" + name.replace("_", "-"), type=kind, help=about)
     model = parser.add_argument_group("model")
     for name, about in (("dim", "width D"), ("depth", "blocks"), ("heads", "attention heads"), ("hidden", "width inside an FFN or an expert"),
                         ("experts", "experts E in a block")):
-        model.add_argument("--" + name, type=whole, help=about)
+        model.add_argument("--" + name, type=KINDS.whole, help=about)
     model.add_argument("--moe-blocks", type=numbers, help="blocks with experts, such as 1,3; none: " + module.moe_blocks.__doc__)
     model.add_argument("--expert-init", choices=("independent", "identical"), help="experts start apart, or all alike (V-MoE)")
     model.add_argument("--dense-match", choices=("active", "total"), help="with --router dense: FFNs as wide as the K active experts, or as all")
     module.add_flags(parser, KINDS)
     cost = parser.add_argument_group("what routing costs")
     cost.add_argument("--bench", action="store_true", help="time one MoE layer of every router (or of --router), then stop")
-    cost.add_argument("--tokens", type=whole, default=4096, help="tokens of that layer")
-    cost.add_argument("--group-size", type=whole, default=256, help="tokens in a group of it")
-    cost.add_argument("--repeats", type=whole, default=5, help="rounds that are timed")
+    cost.add_argument("--tokens", type=KINDS.whole, default=4096, help="tokens of that layer")
+    cost.add_argument("--group-size", type=KINDS.whole, default=256, help="tokens in a group of it")
+    cost.add_argument("--repeats", type=KINDS.whole, default=5, help="rounds that are timed")
     options = parser.add_argument_group("router options, for the routers named")
     for name, default in OPTIONS.items():
         option_flag(options, name, default)
     losses = parser.add_argument_group("router losses")
     losses.add_argument("--balance", choices=BALANCE, help="importance and load; Switch's; or a selection bias")
-    losses.add_argument("--balance-weight", type=at_least_0, help="weight of the balance losses (default: vmoe 0.005 each, switch 0.01)")
-    losses.add_argument("--z-loss", type=at_least_0, help="weight of the mean squared logsumexp of the logits")
+    losses.add_argument("--balance-weight", type=KINDS.at_least_0, help="weight of the balance losses (default: vmoe 0.005 each, switch 0.01)")
+    losses.add_argument("--z-loss", type=KINDS.at_least_0, help="weight of the mean squared logsumexp of the logits")
     made = ROUTERS[router].defaults if router in ROUTERS else {}
     parser.set_defaults(**{FLAG.get(name, name): "none" if name == "capacity_factor" and value is None else value for name, value in made.items()})
     parser.set_defaults(**defaults)
@@ -219,7 +205,7 @@ def check(args):
         if weight and name not in offered:
             raise ValueError(f"--router {args.router} offers no {name} loss" + (f"; it offers {', '.join(offered)}" if offered else ""))
     if args.batch_size % (args.grad_accum * processes()[1]):
-        raise ValueError(f"--grad-accum times the number of processes must divide --batch-size {args.batch_size}, got {args.grad_accum} x {processes()[1]}")
+        raise ValueError(f"--grad-accum must divide --batch-size {args.batch_size}, got {args.grad_accum} in {processes()[1]} process(es)")
     if args.data == "":
         raise ValueError("--data is empty; leave it away for the built-in data")
     args.remark = TASKS[args.task].settle(args, None if args.router == "dense" else make_router(args))
@@ -699,11 +685,12 @@ def read_flags(folder):
     path = pathlib.Path(folder) / "config.json"
     try:
         flags = json.loads(path.read_text())["flags"]
-        return vars(argparse.Namespace(**flags)) if flags["task"] in TASKS else flags["a task that is none"]
+        TASKS[flags["task"]], flags["router"], flags["size"]
+        return flags
     except FileNotFoundError:
         raise ValueError(f"{folder} is no run: config.json is missing") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no run's: {error}") from None
+        raise ValueError(f"{path} holds no run's flags: {error}") from None
 
 
 def read_checkpoint(folder):
@@ -742,7 +729,7 @@ def sample(args):
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample {folder}: a run of --task {saved.task} without a tokenizer writes no text")
     tokenizer, task, device = moe_tokens.Tokenizer.read(folder / "tokenizer.json"), TASKS[saved.task], pick_device(args.device)
-    model = task.build_model(saved, SimpleNamespace(vocab_size=len(tokenizer.pieces), topics=()), make_feed(saved))
+    model = task.build_model(saved, SimpleNamespace(vocab_size=len(tokenizer.pieces), topics=["any"]), make_feed(saved))
     model.load_state_dict(checkpoint["model"])
     with dropless(model.to(device).eval()) as differs:
         notes = ["sampled dropless, trained with a capacity"] * differs + [saved.remark] * bool(saved.remark)
