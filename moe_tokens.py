@@ -188,7 +188,7 @@ def columns(summary):
     """The table's columns that are this task's own, {name: number or None}; the first one decides."""
     number = lambda part: summary.get(part, {}).get("bits_per_byte")
     return {HEADLINE[0]: number("validation"), "dropless": number("validation_dropless"), "as generated": number("generated"),
-            "perplexity": summary["validation"]["perplexity"], "bytes/token": summary.get("bytes_per_token")}
+            "perplexity": summary["validation"]["perplexity"], "vocabulary": summary["vocab_size"], "bytes/token": summary.get("bytes_per_token")}
 
 
 # ---------------------------------------------------------------- the tokenizer

@@ -394,7 +394,7 @@ def evaluate(args, task, model, data, split, device):
     return {**task.metrics(sums), "blocks": mean_statistics(stats)}, gathered
 
 
-def train_step(args, task, model, optimizer, data, step, device, caught=()):
+def train_step(args, task, model, optimizer, data, step, device, caught=(), before_moving=lambda: None):
     """One optimiser step: forward and backward of each part of the batch, clip, step, then what no gradient moves.
 
     Returns metrics of the whole batch, the last part's routings, and whether a process has caught a signal. Raises
@@ -426,6 +426,7 @@ def train_step(args, task, model, optimizer, data, step, device, caught=()):
     if not torch.isfinite(norm + sums["loss"]):
         raise FloatingPointError(f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm {float(norm):.3g}; per block "
                                  f"{json.dumps(statistics(routings))}")
+    before_moving()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for layer, router in enumerate(dict.fromkeys(moe.router for moe in moes(model))):
@@ -503,13 +504,20 @@ def fit(args, task, model, data, device, folder, resumed=False):
     running = DistributedDataParallel(model) if dist.is_initialized() else model
     running = torch.compile(running) if args.compile else running
     start, saved, stop = time.perf_counter(), step, False
-    keep = lambda: save(folder, "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                                  "seconds": before + time.perf_counter() - start, "versions": versions()})
+
+    def keep(due=True):
+        nonlocal saved
+        if due and step > saved:
+            save(folder, "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                           "seconds": before + time.perf_counter() - start, "versions": versions()})
+            saved = step
+
     with (open(os.devnull if processes()[0] else folder / "metrics.jsonl", "a" if resumed else "w") as file, signals() as caught,
           tqdm(total=args.steps, initial=step, desc=title(args), dynamic_ncols=True) as bar):
         while step < args.steps and not stop:
             try:
-                logged, routings, stop = train_step(args, task, running, optimizer, data, step, device, caught)
+                logged, routings, stop = train_step(args, task, running, optimizer, data, step, device, caught,
+                                                    lambda: keep(step % args.save_every == 0))  # weights with a finite gradient alone
             except FloatingPointError as error:
                 good = f"the checkpoint of step {saved} in {folder} is the last good one" if saved else "no checkpoint was saved before"
                 raise FloatingPointError(f"diverged at {error}; {good}") from None
@@ -522,9 +530,7 @@ def fit(args, task, model, data, device, folder, resumed=False):
                 rate = (step - bar.initial) * args.batch_size / (time.perf_counter() - start)
                 shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "bits_per_byte") if name in line}
                 bar.set_postfix(shown | {f"{task.UNIT}/s": f"{rate:.0f}"})
-            if step % args.save_every == 0 or step == args.steps or stop:
-                keep()
-                saved = step
+        keep()
     return step, before + time.perf_counter() - start, (caught or [signal.SIGTERM])[0] if stop else 0
 
 
@@ -565,7 +571,7 @@ def remarked(args):
 def row(summaries, task):
     """One row of the table, {column: text}, of the runs of one setting: a lone run's numbers, or mean ± deviation over seeds."""
     decimals = {task.HEADLINE[0]: 1 if task.HEADLINE[1] > 0 else 3, "dropless": 1 if task.HEADLINE[1] > 0 else 3, "as generated": 3, "GFLOPs": 4,
-                "load max/mean": 2, "bytes/token": 2, "perplexity": 2, "parameters": 0, "active": 0, "seconds": 0, f"{task.UNIT}/s": 0}
+                "load max/mean": 2, "bytes/token": 2, "perplexity": 2, "vocabulary": 0, "parameters": 0, "active": 0, "seconds": 0, f"{task.UNIT}/s": 0}
     columns = []
     for s in summaries:
         blocks = s[task.SPLITS[-1]]["blocks"].values()
@@ -584,7 +590,7 @@ def row(summaries, task):
             mean, spread = float(np.mean([v for v, _ in pairs])), pairs[0][1]
             if len(values) > 1:
                 spread = float(np.std([v for v, _ in pairs], ddof=1))
-            fixed = spread is None or len(values) > 1 and name in ("parameters", "active", "GFLOPs")
+            fixed = spread is None or len(values) > 1 and name in ("vocabulary", "bytes/token", "parameters", "active", "GFLOPs")
             texts[name] = show(mean) + ("" if fixed else " ± " + show(spread))
     return texts
 
@@ -702,7 +708,7 @@ def read_checkpoint(folder):
                 raise ValueError("its checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no finished run: checkpoint.pt is missing") from None
+        raise ValueError(f"{folder} was never saved: checkpoint.pt is missing") from None
     except Exception as error:  # zipfile, torch.load and pickle report a broken or unsafe file by many exceptions
         raise ValueError(f"{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0].split('. ')[0]}") from None
 
