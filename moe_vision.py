@@ -109,7 +109,7 @@ def metrics(sums):
 def columns(summary):
     """The table's columns that are this task's own, {name: number, (mean, spread) or None}; the first one decides."""
     pair = lambda name: tuple(summary[name]) if name in summary else None
-    return {HEADLINE[0]: summary["test"]["top1"], "dropless": summary.get("test_dropless", {}).get("top1"),
+    return {HEADLINE[0]: summary["test"]["top1"], "dropless %": summary.get("test_dropless", {}).get("top1"),
             "10-shot %": pair("few_shot"), "untrained": pair("few_shot_untrained"), "pixels": pair("few_shot_pixels")}
 
 

@@ -144,12 +144,12 @@ def sinkhorn_plan(logits, iterations=20):
 
 def project(z, k):
     """Each column z[g, :, e] of [G, T, E] projected on the simplex with at most k non-zeros: its k largest less a threshold."""
-    value, index = z.sort(dim=1, descending=True, stable=True)
-    value, index = value[:, :k], index[:, :k]  # [G, k, E]
-    rank = torch.arange(1, value.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
-    excess = (value.cumsum(1) - 1) / rank
+    value = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
+    excess = (value.cumsum(1) - 1) / torch.arange(1, value.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
     support = (value > excess).sum(1, keepdim=True)  # [G, 1, E], at least 1
-    return torch.zeros_like(z).scatter(1, index, (value - excess.gather(1, support - 1)).clamp(min=0))
+    above, level = z > value[:, -1:], z == value[:, -1:]  # of equals at the k-th place, the first ones are in
+    among = above | (level & (level.cumsum(1) + above.sum(1, keepdim=True) <= k))
+    return (z - excess.gather(1, support - 1)).clamp(min=0) * among
 
 
 def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):

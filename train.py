@@ -568,31 +568,35 @@ def remarked(args):
     return {"remark": args.remark} if args.remark else {}
 
 
+DECIMALS = {"top-1 %": 1, "bits/byte": 3, "dropless": 3, "as generated": 3, "perplexity": 2, "bytes/token": 2, "load max/mean": 2, "GFLOPs": 4,
+            "vocabulary": 0, "parameters": 0, "active": 0, "seconds": 0, "images/s": 0, "sequences/s": 0}  # others: 1
+CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to speak of
+
+
 def row(summaries, task):
     """One row of the table, {column: text}, of the runs of one setting: a lone run's numbers, or mean ± deviation over seeds."""
-    decimals = {task.HEADLINE[0]: 1 if task.HEADLINE[1] > 0 else 3, "dropless": 1 if task.HEADLINE[1] > 0 else 3, "as generated": 3, "GFLOPs": 4,
-                "load max/mean": 2, "bytes/token": 2, "perplexity": 2, "vocabulary": 0, "parameters": 0, "active": 0, "seconds": 0, f"{task.UNIT}/s": 0}
-    columns = []
+    columns, texts = [], {}
     for s in summaries:
         blocks = s[task.SPLITS[-1]]["blocks"].values()
         columns.append({**task.columns(s), "load max/mean": [b["load"] for b in blocks], "dropped %": [100 * b["dropped"] for b in blocks],
                         "parameters": s["parameters"], "active": s["active_parameters"], "GFLOPs": s["gflops"],
                         f"{task.UNIT}/s": s[f"{task.UNIT}_per_second"], "seconds": s["seconds"]})
-    texts = {}
     for name in columns[0]:
-        values, show = [c[name] for c in columns], f"{{:,.{decimals.get(name, 1)}f}}".format
+        values, show = [c[name] for c in columns], f"{{:,.{DECIMALS.get(name, 1)}f}}".format
         if None in values or [] in values:
             texts[name] = "-"
         elif isinstance(values[0], list):
             texts[name] = ", ".join(map(show, np.mean(values, 0)))  # a number for each block
+        elif len(values) == 1 and isinstance(values[0], tuple):
+            texts[name] = " ± ".join(map(show, values[0]))  # of a lone run, over its draws
         else:
-            pairs = [v if isinstance(v, tuple) else (v, None) for v in values]
-            mean, spread = float(np.mean([v for v, _ in pairs])), pairs[0][1]
-            if len(values) > 1:
-                spread = float(np.std([v for v, _ in pairs], ddof=1))
-            fixed = spread is None or len(values) > 1 and name in ("vocabulary", "bytes/token", "parameters", "active", "GFLOPs")
-            texts[name] = show(mean) + ("" if fixed else " ± " + show(spread))
+            values = [value[0] if isinstance(value, tuple) else value for value in values]
+            texts[name] = show(np.mean(values)) + (f" ± {show(deviation(values))}" if len(values) > 1 and name not in CONSTANT else "")
     return texts
+
+
+def deviation(values):
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def results(folder):
@@ -612,14 +616,14 @@ def results(folder):
     differing = [name for name, values in told.items() if len(values) > 1]
     column, sign = task.HEADLINE
     for setting, group in zip(settings, runs.values()):
-        scores = [task.columns(summary)[column] for _, summary in group]
+        scores = [task.columns(summary)[column] or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary in group]
         named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
         rows.append((scores, {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group)), **row([s for _, s in group], task)}))
-    rows.sort(key=lambda r: -sign * np.mean(r[0]) if None not in r[0] else 0)
+    rows.sort(key=lambda r: -sign * np.mean(r[0]))
     best = rows[0][0]
-    for scores, texts in rows:  # a difference inside the spread is a tie
-        gap, spread = (float(f(scores) - f(best)) if f is np.mean else float(np.hypot(f(scores), f(best))) for f in (np.mean, np.std))
-        texts["to the best"] = "best" if scores is best else "tie" if abs(gap) <= spread else f"{gap:+.3f}"
+    for scores, texts in rows:
+        gap, spread = np.mean(scores) - np.mean(best), math.hypot(deviation(scores), deviation(best))
+        texts["to the best"] = "best" if scores is best else "tie" if abs(gap) <= spread else f"{gap:+.3f}"  # inside the spread is a tie
     text = table([texts for _, texts in rows])
     (pathlib.Path(folder) / "results.md").write_text(text + "\n")
     lines = [json.dumps({"flags": flags, "summary": summary}) for group in runs.values() for flags, summary in group]
