@@ -164,10 +164,10 @@ def settle(args, router):
 
 def ignored(setting):
     """Flags of this file without meaning beside the others of {flag: value}: a grid drops them."""
-    axes = {"--unit", "--scope", "--pool", "--prefix", "--hash-key", "--allow-leak"}
     if setting.get("--router") == "dense":
-        return axes
-    return ({"--pool", "--prefix"} if setting.get("--unit") != "sequence" else set()) | ({"--hash-key"} if setting.get("--router") != "hash" else set())
+        return {"--unit", "--scope", "--pool", "--prefix", "--hash-key", "--allow-leak"}
+    pool = set() if setting.get("--unit") == "sequence" else {"--pool", "--prefix"}
+    return pool if setting.get("--router") == "hash" else pool | {"--hash-key"}
 
 
 def loss(model, batch):
@@ -188,7 +188,8 @@ def columns(summary):
     """The table's columns that are this task's own, {name: number or None}; the first one decides."""
     number = lambda part: summary.get(part, {}).get("bits_per_byte")
     return {HEADLINE[0]: number("validation"), "dropless": number("validation_dropless"), "as generated": number("generated"),
-            "perplexity": summary["validation"]["perplexity"], "vocabulary": summary["vocab_size"], "bytes/token": summary.get("bytes_per_token")}
+            "perplexity": summary["validation"]["perplexity"], "vocabulary": summary["vocab_size"],
+            "bytes/token": summary.get("bytes_per_token")}
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -272,11 +273,11 @@ def read_documents(path, replace=False):
     Of the library without tests, topics are the top-level packages and modules. Raises ValueError for a path without
     text, and for bytes that are no UTF-8, unless `replace` makes them U+FFFD.
     """
-    root, without = pathlib.Path(path or sysconfig.get_paths()["stdlib"]), {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
-    inner = [file.relative_to(root) for file in sorted(root.rglob("*" if path else "*.py")) if file.is_file()] or [pathlib.Path()] * root.is_file()
-    documents = []
-    for name in inner:
-        if any(part.startswith(".") or not path and part in without for part in name.parts):
+    root, documents = pathlib.Path(path or sysconfig.get_paths()["stdlib"]), []
+    without = set() if path else {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+    inside = [file.relative_to(root) for file in sorted(root.rglob("*" if path else "*.py")) if file.is_file()]
+    for name in [pathlib.Path()] if root.is_file() else inside:
+        if any(part.startswith(".") or part in without for part in name.parts):
             continue
         raw = (root / name).read_bytes()
         try:
@@ -315,7 +316,8 @@ class Text:
     """
 
     def __init__(self, args, device):
-        self.seed, self.batch_size, self.context, self.score_from, self.device = args.seed, args.batch_size, args.context, args.score_from, device
+        self.seed, self.batch_size, self.device = args.seed, args.batch_size, device
+        self.context, self.score_from = args.context, args.score_from
         self.parts, self.topics, self.tokenizer, self.facts = {}, [], None, {}
         path = pathlib.Path(args.data or "")
         if args.data and ((path / "train.bin").exists() or (path / "val.bin").exists()):
@@ -331,8 +333,9 @@ class Text:
                 raise ValueError(f"{self.about}: the {part} part is shorter than one block of {self.context + 1} tokens")
         if self.batch_size > counts["train"]:
             raise ValueError(f"--batch-size {self.batch_size} is larger than the data: {counts['train']} training blocks")
-        self.scored = np.linspace(0, counts["validation"] - 1, min(counts["validation"], 1024)).astype(int)  # of a longer part, evenly spread
-        self.about += f"; {counts['train']} training blocks of {self.context} tokens, {len(self.scored)} of {counts['validation']} validation blocks"
+        held = counts["validation"]
+        self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # of a longer part, evenly spread
+        self.about += f"; {counts['train']} training blocks of {self.context} tokens, {len(self.scored)} of {held} validation blocks"
 
     def read_bin(self, file):
         size = file.stat().st_size if file.is_file() else 0
@@ -348,7 +351,8 @@ class Text:
         topics = sorted({topic for topic, _, _ in documents})
         parts = dict(zip(("train", "validation"), divide([d for d in documents if len(d[2]) > self.context] or documents)))
         saved = getattr(args, "run", None)  # a finished run's numbers are those of its own tokenizer
-        self.tokenizer = Tokenizer.read(saved / "tokenizer.json") if saved else Tokenizer.learn((d[2] for d in parts["train"]), args.vocab_size or 4096)
+        learned = lambda: Tokenizer.learn((raw for _, _, raw in parts["train"]), args.vocab_size or 4096)
+        self.tokenizer = Tokenizer.read(saved / "tokenizer.json") if saved else learned()
         pieces, used = self.tokenizer.pieces, 0
         self.vocab_size, length = len(pieces), np.array([len(piece) for piece in pieces])
         for part, chosen in parts.items():
@@ -361,15 +365,15 @@ class Text:
             used += sum(length[ids[: count * self.context]].sum() for ids, count in zip(tokens, blocks))
         self.bytes_of, self.topics = torch.from_numpy(length), topics if len(topics) > 1 else []
         common = np.bincount(self.parts["validation"][3], minlength=len(topics)).argsort(kind="stable")[::-1][:10]
-        self.rank = torch.full((len(topics),), -1).scatter(0, torch.tensor(common.copy()), torch.arange(len(common)))  # of the commonest ten
+        self.rank = torch.full((len(topics),), -1).scatter(0, torch.tensor(common.copy()), torch.arange(len(common)))
         self.common = [topics[topic] for topic in common]
         self.classes = CODE if all(name.endswith(".py") for _, name, _ in documents) else PROSE
         self.class_of = torch.tensor([token_class(i, piece, self.classes) for i, piece in enumerate(pieces)])
         size = sum(len(raw) for _, _, raw in documents)
         self.facts = {"bytes_per_token": float(length[self.parts["validation"][0]].mean())}
-        self.about = (f"{pathlib.Path(args.data).name if args.data else 'standard library of Python ' + platform.python_version()}: {len(documents)} "
-                      f"documents, {len(topics)} topics, {size / 1e6:.1f} MB ({100 - 100 * used / size:.1f} % left out: tails and short documents), "
-                      f"vocabulary of {self.vocab_size}, {self.facts['bytes_per_token']:.2f} bytes a token")
+        name = pathlib.Path(args.data).name if args.data else f"standard library of Python {platform.python_version()}"
+        self.about = (f"{name}: {len(documents)} documents, {len(topics)} topics, {size / 1e6:.1f} MB ({100 - 100 * used / size:.1f} % left out: "
+                      f"tails and short documents), vocabulary of {self.vocab_size}, {self.facts['bytes_per_token']:.2f} bytes a token")
 
     def ready(self, part, rows):
         tokens, starts, *of = self.parts[part]
@@ -418,9 +422,11 @@ def labels(batch, data, start):
 
 def painted(tokens, experts, count, pieces, paint):
     """Text in which stretches of one expert [N] stand on its colour: paint(text, red, green, blue)."""
-    stretches = itertools.groupby(zip(tokens, experts), key=lambda pair: pair[1])
-    colour = lambda expert: [round(255 * part) for part in colorsys.hls_to_rgb(expert / count, 0.8, 0.8)]
-    return "".join(paint(b"".join(pieces[token] for token, _ in stretch).decode("utf-8", "replace"), *colour(expert)) for expert, stretch in stretches)
+    text = []
+    for expert, stretch in itertools.groupby(zip(tokens, experts), key=lambda pair: pair[1]):
+        rgb = [round(255 * part) for part in colorsys.hls_to_rgb(expert / count, 0.8, 0.8)]
+        text.append(paint(b"".join(pieces[token] for token, _ in stretch).decode("utf-8", "replace"), *rgb))
+    return "".join(text)
 
 
 def on_terminal(text, *rgb):
@@ -442,7 +448,8 @@ def show(model, data, joints, folder=None):
     for block, routing in loss(model, batch)[2].items():
         mass, experts = joints[block]["token"], routing.mass().argmax(-1).view(len(tokens), -1).expand(tokens.shape)
         for expert, share in enumerate(mass.T):
-            print(f"block {block}, expert {expert}:", *(repr(pieces[i].decode("utf-8", "replace"))[1:-1] for i in share.topk(12).indices if share[i] > 0))
+            common = [pieces[i].decode("utf-8", "replace") for i in share.topk(12).indices if share[i] > 0]
+            print(f"block {block}, expert {expert}:", *(repr(piece)[1:-1] for piece in common))
         stretch = tokens.flatten().tolist(), experts.flatten().tolist(), mass.shape[1], pieces
         legend = painted([0] * mass.shape[1], range(mass.shape[1]), mass.shape[1], [b" expert "], on_page)
         page.append(f"<h2>block {block}</h2><p>{legend}</p><pre>{painted(*stretch, on_page)}</pre>")
@@ -502,17 +509,17 @@ def sample(args, model, tokenizer, saved):
 
 def add_flags(parser, kinds):
     text = parser.add_argument_group("text")
-    text.add_argument("--data", help="a UTF-8 file, a folder with topics as subfolders, or one with nanoGPT's train.bin and val.bin; none: the standard library")
+    text.add_argument("--data", help="a UTF-8 file, a folder of topics, or nanoGPT's train.bin and val.bin; none: the standard library")
     text.add_argument("--replace-undecodable", action="store_true", help="read bytes that are no UTF-8 as U+FFFD")
     text.add_argument("--vocab-size", type=kinds.whole, help="tokens at most; none: 4096, for .bin files 50304")
     text.add_argument("--context", type=kinds.whole, help="tokens in a block")
-    text.add_argument("--score-from", type=kinds.whole, help="train and score on positions from the P-th on; none: the first, or --prefix where that routes")
+    text.add_argument("--score-from", type=kinds.whole, help="first position that is trained and scored; none: 1, or --prefix where that routes")
     axes = parser.add_argument_group("axes of the study")
     axes.add_argument("--unit", choices=("token", "sequence"), default="token", help="what is routed")
-    axes.add_argument("--pool", choices=("prefix", "mean"), help="a sequence is routed by the mean of its first tokens (none: this) or of all")
+    axes.add_argument("--pool", choices=("prefix", "mean"), help="route a sequence by the mean of its first tokens (none: this) or of all")
     axes.add_argument("--prefix", type=kinds.whole, help="tokens in that prefix; none: 16")
     axes.add_argument("--scope", choices=("layer", "global"), default="layer", help="routed in every block, or once after the embeddings")
-    axes.add_argument("--hash-key", choices=("token", "topic"), help="--router hash goes by the token (none: this) or by the document's topic, an oracle")
+    axes.add_argument("--hash-key", choices=("token", "topic"), help="--router hash goes by the token (none: this) or by the topic, an oracle")
     axes.add_argument("--allow-leak", action="store_true", help="run a routing that sees the future; its numbers are labelled leaky")
     drawn = parser.add_argument_group("sampling, with --sample")
     drawn.add_argument("--prompt", default="", help="text to go on from")

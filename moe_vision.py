@@ -298,10 +298,9 @@ class Stored:
         images, labels = torch.from_numpy(np.ascontiguousarray(train[0]))[order], torch.from_numpy(train[1])[order]
         tenth = len(images) // 10
         test = torch.from_numpy(np.ascontiguousarray(test[0])), torch.from_numpy(test[1])
-        keep = lambda x, y: (x[y < known], y[y < known])
+        keep, every = lambda x, y: (x[y < known], y[y < known]), torch.cat([labels, test[1]])
         self.parts = {"train": keep(images[tenth:], labels[tenth:]), "validation": keep(images[:tenth], labels[:tenth]), "test": keep(*test)}
-        self.pool = torch.cat([images, test[0]])[torch.cat([labels, test[1]]) >= known], torch.cat([labels, test[1]])
-        self.pool = self.pool[0], self.pool[1][self.pool[1] >= known] - known
+        self.pool = torch.cat([images, test[0]])[every >= known], every[every >= known] - known
         for name, (_, y) in self.parts.items():
             if not len(y):
                 raise ValueError(f"{path}: the {name} part is empty")
@@ -370,7 +369,8 @@ def report(args, model, data, fresh, draws=5):
     if not len(data.few_shot_classes):
         return {}
     untrained = fresh()
-    readers = {"few_shot": lambda x: model.features(x)[0], "few_shot_untrained": lambda x: untrained.features(x)[0], "few_shot_pixels": lambda x: x.flatten(1)}
+    readers = {"few_shot": lambda x: model.features(x)[0], "few_shot_untrained": lambda x: untrained.features(x)[0],
+               "few_shot_pixels": lambda x: x.flatten(1)}
     accuracy = {name: [] for name in readers}
     for draw in range(draws):
         support, query = data.probe(draw)

@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,25 +84,30 @@ def capacity(text):
 numbers.__name__, capacity.__name__ = "list such as 1,3", "number"
 
 
+def flag(name):
+    """The flag of a name: router_weights -> --router-weights."""
+    return "--" + FLAG.get(name, name).replace("_", "-")
+
+
 def option_flag(parser, name, default):
     """One flag for one option of the routers, its type read off the default; a router added to ROUTERS brings its own."""
     having = [router for router, made in ROUTERS.items() if name in made.defaults]
     about = f"{'all routers' if len(having) == len(ROUTERS) else ', '.join(having)} (default: {default})"
-    flag = "--" + FLAG.get(name, name).replace("_", "-")
     if isinstance(default, bool):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+        parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=about)
     elif isinstance(default, str):
-        parser.add_argument(flag, choices=CHOICES.get(name), help=about)
+        parser.add_argument(flag(name), choices=CHOICES.get(name), help=about)
     elif name == "capacity_factor":
-        parser.add_argument(flag, type=capacity, help=f"a number, or none for dropless; {about}")
+        parser.add_argument(flag(name), type=capacity, help=f"a number, or none for dropless; {about}")
     else:
-        parser.add_argument(flag, type=KINDS.whole if default is None or isinstance(default, int) else KINDS.at_least_0, help=about)
+        parser.add_argument(flag(name), type=KINDS.whole if default is None or isinstance(default, int) else KINDS.at_least_0, help=about)
 
 
 def make_parser(task, size, router):
     module = TASKS[task]
     defaults = DEFAULTS | module.SIZES[size] | module.ROUTER_DEFAULTS.get(router, {})
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      epilog=f"Defaults shown are those of --task {task} --size {size} --router {router}.")
     run = parser.add_argument_group("run")
     run.add_argument("--task", choices=TASKS, default="vision", help="what to learn")
@@ -122,10 +127,11 @@ def make_parser(task, size, router):
     run.add_argument("--save-every", type=KINDS.whole, default=200, help="steps between checkpoints")
     train = parser.add_argument_group("optimisation: AdamW with warm-up")
     train.add_argument("--schedule", choices=("cosine", "constant"), help="the learning rate after the warm-up: cosine to 0, or constant")
-    for name, kind, about in (("steps", KINDS.whole, "optimiser steps"), ("batch_size", KINDS.whole, "examples a step"), ("lr", KINDS.positive, "peak learning rate"),
-                              ("grad_accum", KINDS.whole, "parts a batch is computed in"), ("warmup", KINDS.below_1, "share of the steps"),
-                              ("weight_decay", KINDS.at_least_0, "not on norms, biases, positions, routers"), ("clip", KINDS.positive, "largest gradient norm")):
-        train.add_argument("--" + name.replace("_", "-"), type=kind, help=about)
+    for name, kind, about in (("steps", KINDS.whole, "optimiser steps"), ("batch_size", KINDS.whole, "examples a step"),
+                              ("grad_accum", KINDS.whole, "parts a batch is computed in"), ("lr", KINDS.positive, "peak learning rate"),
+                              ("warmup", KINDS.below_1, "share of the steps"), ("clip", KINDS.positive, "largest gradient norm"),
+                              ("weight_decay", KINDS.at_least_0, "not on norms, biases, positions, routers")):
+        train.add_argument(flag(name), type=kind, help=about)
     model = parser.add_argument_group("model")
     for name, about in (("dim", "width D"), ("depth", "blocks"), ("heads", "attention heads"), ("hidden", "width inside an FFN or an expert"),
                         ("experts", "experts E in a block")):
@@ -147,7 +153,7 @@ def make_parser(task, size, router):
     losses.add_argument("--balance-weight", type=KINDS.at_least_0, help="weight of the balance losses (default: vmoe 0.005 each, switch 0.01)")
     losses.add_argument("--z-loss", type=KINDS.at_least_0, help="weight of the mean squared logsumexp of the logits")
     made = ROUTERS[router].defaults if router in ROUTERS else {}
-    parser.set_defaults(**{FLAG.get(name, name): "none" if name == "capacity_factor" and value is None else value for name, value in made.items()})
+    parser.set_defaults(**{FLAG.get(name, name): value for name, value in made.items()})
     parser.set_defaults(**defaults)
     return parser
 
@@ -178,7 +184,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     for name, value in saved.items():
         if getattr(args, name) != value and name not in UNRELATED | {"steps"}:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
+            parser.error(f"{flag(name)} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
     return parser, args
 
 
@@ -189,7 +195,7 @@ def check(args):
     has = set(ROUTERS[args.router].defaults) if args.router in ROUTERS else {"top_k"}
     for name in OPTIONS:
         if name not in has and getattr(args, FLAG.get(name, name)) is not None:
-            raise ValueError(f"--{FLAG.get(name, name).replace('_', '-')} is no option of --router {args.router}; it has {', '.join(sorted(has))}")
+            raise ValueError(f"{flag(name)} is no option of --router {args.router}; it has {', '.join(sorted(has))}")
     args.top_k = args.top_k or 1
     if args.router == "dense" and args.top_k > args.experts:
         raise ValueError(f"--top-k must be at most --experts {args.experts}, got {args.top_k}")
@@ -321,7 +327,8 @@ def learning_rate(args, step):
 
 # ---------------------------------------------------------------- training and evaluation
 def precision(args, device):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda")
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
 def processes():
@@ -424,8 +431,8 @@ def train_step(args, task, model, optimizer, data, step, device, caught=(), befo
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     sums, losses = total(sums, device), total(losses, device, size)
     if not torch.isfinite(norm + sums["loss"]):
-        raise FloatingPointError(f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm {float(norm):.3g}; per block "
-                                 f"{json.dumps(statistics(routings))}")
+        raise FloatingPointError(f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm {float(norm):.3g}; "
+                                 f"per block {json.dumps(statistics(routings))}")
     before_moving()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -524,8 +531,8 @@ def fit(args, task, model, data, device, folder, resumed=False):
             step += 1
             bar.update()
             if step % args.log_every == 0 or step == args.steps:
-                line = {"step": step, **remarked(args), **{name: float(value) for name, value in logged.items()}, "blocks": statistics(routings)}
-                file.write(json.dumps(line) + "\n")
+                line = {"step": step, **remarked(args), **{name: float(value) for name, value in logged.items()}}
+                file.write(json.dumps(line | {"blocks": statistics(routings)}) + "\n")
                 file.flush()
                 rate = (step - bar.initial) * args.batch_size / (time.perf_counter() - start)
                 shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "bits_per_byte") if name in line}
@@ -544,8 +551,9 @@ def conclude(args, task, model, data, device, gflops, seconds, folder=None):
             result[split + "_dropless"], _ = evaluate(args, task, model, data, split, device)
     total, active = parameters(model)
     found, joints = specialisation(gathered)
-    summary = {"router": title(args), **result, **task.report(args, model, data, lambda: build_model(args, task, data, device)), "specialisation": found,
-               "parameters": total, "active_parameters": active, "gflops": gflops, "steps": args.steps}
+    told = task.report(args, model, data, lambda: build_model(args, task, data, device))
+    summary = {"router": title(args), **result, **told, "specialisation": found, "parameters": total, "active_parameters": active,
+               "gflops": gflops, "steps": args.steps}
     if folder:
         with open(folder / "metrics.jsonl", "a") as file:
             for split, values in result.items():
@@ -553,8 +561,8 @@ def conclude(args, task, model, data, device, gflops, seconds, folder=None):
     summary |= {"seconds": seconds, f"{task.UNIT}_per_second": args.steps * args.batch_size / seconds}
     print(table([{"router": title(args), **row([summary], task)}]))
     if found:
-        print(table([{"block": str(block), "experts know of": name, "NMI": f"{value:.3f}", "by chance": f"{mean:.3f}", "95 % of chance": f"{bound:.3f}"}
-                     for block, of in found.items() for name, (value, mean, bound) in of.items()]))
+        shown = lambda *values: dict(zip(("NMI", "by chance", "95 % of chance"), (f"{value:.3f}" for value in values)))
+        print(table([{"block": str(block), "experts know of": name, **shown(*values)} for block, of in found.items() for name, values in of.items()]))
     task.show(model, data, joints, folder)
     return summary
 
@@ -601,10 +609,11 @@ def deviation(values):
 
 def results(folder):
     """All finished runs below a folder in one table: printed, and written to results.md and results.jsonl there."""
-    runs = {}
+    runs, apart = {}, UNRELATED | {"seed"}
     for path in sorted(pathlib.Path(folder).glob("*/summary.json")):
         flags, summary = json.loads((path.parent / "config.json").read_text())["flags"], json.loads(path.read_text())
-        runs.setdefault(json.dumps({name: value for name, value in flags.items() if name not in UNRELATED | {"seed"}}), []).append((flags, summary))
+        setting = json.dumps({name: value for name, value in flags.items() if name not in apart})
+        runs.setdefault(setting, []).append((flags, summary))
     if not runs:
         raise ValueError(f"--table {folder}: no finished run (a folder with a summary.json) lies there")
     settings = [json.loads(key) for key in runs]
@@ -612,13 +621,14 @@ def results(folder):
     if len(tasks) > 1:
         raise ValueError(f"--table {folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
     task, rows = TASKS[tasks.pop()], []
-    told = {name: {json.dumps(s[name]) for s in settings if s.get(name) is not None} for s in settings for name in s if name not in ("router", "remark")}
-    differing = [name for name, values in told.items() if len(values) > 1]
+    names = [name for name in settings[0] if name not in ("router", "remark")]
+    differing = [name for name in names if len({json.dumps(s[name]) for s in settings if s.get(name) is not None}) > 1]
     column, sign = task.HEADLINE
     for setting, group in zip(settings, runs.values()):
         scores = [task.columns(summary)[column] or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary in group]
         named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
-        rows.append((scores, {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group)), **row([s for _, s in group], task)}))
+        named = {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group))}
+        rows.append((scores, named | row([summary for _, summary in group], task)))
     rows.sort(key=lambda r: -sign * np.mean(r[0]))
     best = rows[0][0]
     for scores, texts in rows:
@@ -714,7 +724,8 @@ def read_checkpoint(folder):
     except FileNotFoundError:
         raise ValueError(f"{folder} was never saved: checkpoint.pt is missing") from None
     except Exception as error:  # zipfile, torch.load and pickle report a broken or unsafe file by many exceptions
-        raise ValueError(f"{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0].split('. ')[0]}") from None
+        why = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from None
 
 
 def load_run(folder, device):
@@ -751,8 +762,9 @@ def main(argv=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if processes()[0] else sys.stdout), redirect_stderr(nowhere if processes()[0] else sys.stderr):
-            return command(argv)
+        if processes()[0]:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
+        return command(argv)
     except KeyboardInterrupt:
         print("interrupted; what was written before stays", file=sys.stderr)
         return 130
@@ -821,7 +833,7 @@ def bench(args, given):
     square = torch.randn(2048, 2048, device=device)
     peak = 3 * 2 * 2048**3 / min(timed(args, device, lambda z: z @ z, square)[0] for _ in range(5))  # FLOP/s
     for name in [args.router] if "--router" in given and args.router != "all" else ROUTERS:
-        options = {option: value for option, value in router_options(args, name).items() if "--" + FLAG.get(option, option).replace("_", "-") in given}
+        options = {option: value for option, value in router_options(args, name).items() if flag(option) in given}
         moe = MoE(build_router(name, args.dim, args.experts, **options), args.hidden).to(device)
         ffn = nn.Sequential(nn.Linear(args.dim, args.hidden), nn.GELU(), nn.Linear(args.hidden, args.dim)).to(device)
         x = torch.randn(args.tokens // args.group_size, args.group_size, args.dim, device=device)
@@ -842,9 +854,10 @@ def bench(args, given):
         ms = {what: 1e3 * float(np.median([seconds for seconds, _ in of[2:]])) for what, of in times.items()}
         kept = {what: times[what][-1][1] / 2**20 for what in ("layer", "dense")}
         share = 3 * 4 * filled * D * args.hidden / (ms["layer"] / 1e3) / peak
-        rows.append({"router": name, "ms": f"{ms['layer']:.1f}", **{"/ " + what: f"{ms['layer'] / ms[what]:.2f}" if what in ms else "-" for what in
-                     ("dense", "bare experts", "tensor form")}, "tokens/s": f"{1e3 * args.tokens / ms['layer']:,.0f}", "% of matmul peak": f"{100 * share:.0f}",
-                     "MiB kept": f"{kept['layer']:.0f}", "dense MiB": f"{kept['dense']:.0f}"} | ({"first step s": f"{first:.1f}"} if args.compile else {}))
+        ratios = {"/ " + what: f"{ms['layer'] / ms[what]:.2f}" if what in ms else "-" for what in ("dense", "bare experts", "tensor form")}
+        rows.append({"router": name, "ms": f"{ms['layer']:.1f}", **ratios, "tokens/s": f"{1e3 * args.tokens / ms['layer']:,.0f}",
+                     "% of matmul peak": f"{100 * share:.0f}", "MiB kept": f"{kept['layer']:.0f}", "dense MiB": f"{kept['dense']:.0f}"})
+        rows[-1] |= {"first step s": f"{first:.1f}"} if args.compile else {}
         result.append({"router": name, "options": options, "ms": ms, "first_step_s": first, "MiB": kept, "peak_flops": peak})
     print(f"{args.tokens} tokens in groups of {args.group_size}, width {args.dim}, hidden {args.hidden}, {args.experts} experts; {device.type}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, matmul peak {peak / 1e9:.0f} GFLOP/s, median of {args.repeats}")
@@ -889,12 +902,13 @@ def ignored(setting):
     """The flags of {flag: value} that mean nothing for its router."""
     router, task = setting.get("--router", "expert_choice"), TASKS.get(setting.get("--task", "vision"), moe_vision)
     having = set(ROUTERS[router].defaults) if router in ROUTERS else {"top_k"}
-    none = {"--" + FLAG.get(name, name).replace("_", "-") for name in OPTIONS if name not in having} | task.ignored({"--router": router} | setting)
+    none = {flag(name) for name in OPTIONS if name not in having} | task.ignored({"--router": router} | setting)
     if router == "dense":
-        return none | {"--balance", "--balance-weight", "--z-loss", "--expert-init"} | ({"--top-k"} if setting.get("--dense-match") == "total" else {"--experts"})
+        width = {"--top-k"} if setting.get("--dense-match") == "total" else {"--experts"}
+        return none | {"--balance", "--balance-weight", "--z-loss", "--expert-init"} | width
     offers = ROUTERS[router].offers if router in ROUTERS else ()
-    useless = setting.get("--balance") == "bias" and "bias_rate" not in having or setting.get("--balance") in ("vmoe", "switch") and "balance" not in offers
-    return none | {"--dense-match"} | ({"--balance", "--balance-weight"} if useless else set()) | ({"--z-loss"} if "z" not in offers else set())
+    balances = "balance" in offers and (setting.get("--balance") != "bias" or "bias_rate" in having)
+    return none | {"--dense-match"} | (set() if balances else {"--balance", "--balance-weight"}) | (set() if "z" in offers else {"--z-loss"})
 
 
 def grid(settings):
@@ -915,7 +929,7 @@ def grid(settings):
             print(f"left out: {args.router}: {error}")
             continue
         config = json.dumps({name: value for name, value in vars(args).items() if name not in UNRELATED}, sort_keys=True)
-        several = [f"{flag[2:]}_{setting[flag]}" for flag, of in settings.items() if len(of) > 1 and flag in setting and flag not in ("--router", "--seed")]
+        several = [f"{name[2:]}_{setting[name]}" for name, of in settings.items() if len(of) > 1 and name in setting and name not in ("--router", "--seed")]
         cells[hashlib.sha256(config.encode()).hexdigest()[:8]] = "-".join([args.router, *several, f"seed_{args.seed}"]), args
     out, status = pathlib.Path(settings.get("--out", ["runs"])[0]), 0
     out.mkdir(parents=True, exist_ok=True)
