@@ -287,8 +287,8 @@ def read_documents(path, replace=False):
                 raise ValueError(f"{root / name} is not UTF-8 at byte {error.start}; --replace-undecodable reads it all the same") from None
             raw = raw.decode("utf-8", "replace").encode()
         documents.append((name.parts[0].removesuffix(".py") if len(name.parts) > 1 or not path else "", str(name), raw))
-    if not documents:
-        raise ValueError(f"{path} {'holds no text files' if root.exists() else 'does not exist'}")
+    if not any(raw for _, _, raw in documents):
+        raise ValueError(f"{path} {'holds no text' if root.exists() else 'does not exist'}")
     return documents
 
 

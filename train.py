@@ -103,12 +103,16 @@ def option_flag(parser, name, default):
         parser.add_argument(flag(name), type=KINDS.whole if default is None or isinstance(default, int) else KINDS.at_least_0, help=about)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"train.py: error: {message}\n")  # one line; the flags are many, and --help has them
+
+
 def make_parser(task, size, router):
     module = TASKS[task]
     defaults = DEFAULTS | module.SIZES[size] | module.ROUTER_DEFAULTS.get(router, {})
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     epilog=f"Defaults shown are those of --task {task} --size {size} --router {router}.")
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    epilog=f"Defaults shown are those of --task {task} --size {size} --router {router}.")
     run = parser.add_argument_group("run")
     run.add_argument("--task", choices=TASKS, default="vision", help="what to learn")
     run.add_argument("--router", default="expert_choice", help="dense, or one of " + ", ".join(ROUTERS))
@@ -163,7 +167,7 @@ def parse(argv):
 
     With --resume, the run's own flags are the defaults, and only some may be given another value.
     """
-    first = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     for name, default in (("task", "vision"), ("size", "tiny"), ("router", "expert_choice"), ("balance", None), ("router-weights", None),
                           ("sample", None), ("resume", None)):
         first.add_argument("--" + name, default=default)
@@ -477,10 +481,18 @@ def signals():
             signal.signal(number, handler)
 
 
-def restore(folder, model, optimizer):
+def settings_of(args):
+    """The flags that decide what a run computes."""
+    return {name: value for name, value in vars(args).items() if name not in UNRELATED}
+
+
+def restore(args, folder, model, optimizer):
     """Load a run's checkpoint into model and optimizer; returns its step and seconds, metrics.jsonl cut back to that step."""
     checkpoint = read_checkpoint(folder)
     try:
+        for name, value in settings_of(args).items():
+            if checkpoint["flags"][name] != value and name != "steps":
+                raise ValueError(f"it has {flag(name)} {checkpoint['flags'][name]}, not {value}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
@@ -507,7 +519,7 @@ def versions():
 def fit(args, task, model, data, device, folder, resumed=False):
     """Train from the start or the checkpoint on, write metrics.jsonl and checkpoints; returns (steps done, seconds, signal or 0)."""
     optimizer = make_optimizer(args, model, device)
-    step, before = restore(folder, model, optimizer) if resumed else (0, 0.0)
+    step, before = restore(args, folder, model, optimizer) if resumed else (0, 0.0)
     running = DistributedDataParallel(model) if dist.is_initialized() else model
     running = torch.compile(running) if args.compile else running
     start, saved, stop = time.perf_counter(), step, False
@@ -515,7 +527,7 @@ def fit(args, task, model, data, device, folder, resumed=False):
     def keep(due=True):
         nonlocal saved
         if due and step > saved:
-            save(folder, "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+            save(folder, "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "flags": settings_of(args),
                                            "seconds": before + time.perf_counter() - start, "versions": versions()})
             saved = step
 
@@ -928,7 +940,7 @@ def grid(settings):
                 parser.error(f"{' '.join(f'{flag} {value}' for flag, value in setting.items())}: {error}")
             print(f"left out: {args.router}: {error}")
             continue
-        config = json.dumps({name: value for name, value in vars(args).items() if name not in UNRELATED}, sort_keys=True)
+        config = json.dumps(settings_of(args), sort_keys=True)
         several = [f"{name[2:]}_{setting[name]}" for name, of in settings.items() if len(of) > 1 and name in setting and name not in ("--router", "--seed")]
         cells[hashlib.sha256(config.encode()).hexdigest()[:8]] = "-".join([args.router, *several, f"seed_{args.seed}"]), args
     out, status = pathlib.Path(settings.get("--out", ["runs"])[0]), 0
