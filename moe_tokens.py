@@ -30,7 +30,7 @@ from routers import MoE, seeded
 
 UNSCORED = -100  # label of a position that is not scored
 UNIT, SPLITS = "sequences", ("validation",)  # what examples/s counts; the parts that are evaluated, the last one for the table
-HEADLINE = ("bits/byte", -1)  # the column that decides, and whether more of it is better
+MORE_IS_BETTER = False  # of the number in the first of columns()
 SIZES = {  # model and budget; every entry has a flag of its own
     "tiny": dict(dim=128, depth=4, heads=4, hidden=512, context=128, experts=8, steps=400, batch_size=16, lr=3e-3),
     "small": dict(dim=384, depth=6, heads=6, hidden=1536, context=256, experts=8, steps=5000, batch_size=64, lr=1e-3),
@@ -187,7 +187,7 @@ def metrics(sums):
 def columns(summary):
     """The table's columns that are this task's own, {name: number or None}; the first one decides."""
     number = lambda part: summary.get(part, {}).get("bits_per_byte")
-    return {HEADLINE[0]: number("validation"), "dropless": number("validation_dropless"), "as generated": number("generated"),
+    return {"bits/byte": number("validation"), "dropless": number("validation_dropless"), "as generated": number("generated"),
             "perplexity": summary["validation"]["perplexity"], "vocabulary": summary["vocab_size"],
             "bytes/token": summary.get("bytes_per_token")}
 

@@ -22,7 +22,7 @@ from torch import nn
 from routers import MoE, seeded
 
 UNIT, SPLITS = "images", ("validation", "test")  # what examples/s counts; the parts that are evaluated, the last one for the table
-HEADLINE = ("top-1 %", 1)  # the column that decides, and whether more of it is better
+MORE_IS_BETTER = True  # of the number in the first of columns()
 SIZES = {  # model and budget; every entry has a flag of its own
     "tiny": dict(dim=64, depth=4, heads=4, hidden=256, patch=4, experts=8, steps=500, batch_size=128, lr=3e-3),
     "small": dict(dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32, steps=10_000, batch_size=512, lr=1e-3),
@@ -37,9 +37,9 @@ ROUTER_DEFAULTS = {  # where the vision study's practice differs from build_rout
 class Block(nn.Module):
     """x + attention(norm(x)), then x + FFN or MoE(norm(x)); both steps keep [B, T, D]."""
 
-    def __init__(self, dim, heads, feed):
+    def __init__(self, dim, heads, feed, together=False):
         super().__init__()
-        self.heads, self.feed = heads, feed
+        self.heads, self.feed, self.together = heads, feed, together  # together: the batch is one group
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
@@ -47,35 +47,40 @@ class Block(nn.Module):
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, D/heads]
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
-        if isinstance(self.feed, MoE):
-            y, routing = self.feed(self.norm2(x))
-            return x + y, routing
-        return x + self.feed(self.norm2(x)), None
+        z = self.norm2(x)
+        if not isinstance(self.feed, MoE):
+            return x + self.feed(z), None
+        y, routing = self.feed(z.reshape(1, B * T, D) if self.together else z)
+        return x + y.view_as(x), routing
 
 
 class ViT(nn.Module):
-    """images [B, 3, S, S] -> class logits [B, classes] and {block: Routing}; features are what the head reads."""
+    """images [B, 3, S, S] -> logits and {block: Routing}: [B, classes] of images, or, patchwise, [B, T, classes] of patches."""
 
-    def __init__(self, image_size, patch, dim, heads, feeds, classes):
+    def __init__(self, image_size, patch, dim, heads, feeds, classes, patchwise=False, together=False):
         super().__init__()
-        self.patch = patch
+        self.patch, self.patchwise = patch, patchwise
         self.embed = nn.Linear(3 * patch**2, dim)
         self.position = nn.Parameter(torch.randn((image_size // patch) ** 2, dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(dim, heads, feed) for feed in feeds)
+        self.blocks = nn.ModuleList(Block(dim, heads, feed, together) for feed in feeds)
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
-    def features(self, images):
+    def patches(self, images):
         x = F.pixel_unshuffle(images, self.patch).flatten(2).mT  # [B, T, 3 * patch^2]
         x, routings = self.embed(x) + self.position, {}
         for i, block in enumerate(self.blocks):
             x, routing = block(x)
             if routing is not None:
                 routings[i] = routing
-        return self.norm(x).mean(1), routings  # [B, D]
+        return self.norm(x), routings  # [B, T, D]
+
+    def features(self, images):
+        """What the head of a classifier reads, [B, D]."""
+        return self.patches(images)[0].mean(1)
 
     def forward(self, images):
-        features, routings = self.features(images)
-        return self.head(features), routings
+        x, routings = self.patches(images)
+        return self.head(x if self.patchwise else x.mean(1)), routings
 
 
 def build_model(args, data, feed):
@@ -86,7 +91,8 @@ def build_model(args, data, feed):
         raise ValueError(f"--patch must divide the image size, got --patch {args.patch} and images of {data.image_size} pixels")
     tokens = (data.image_size // args.patch) ** 2
     feeds = [feed(block, tokens) for block in range(args.depth)]
-    return ViT(data.image_size, args.patch, args.dim, args.heads, feeds, len(data.classes))
+    classes = 1 + 2 * len(SHAPES) if args.head == "patch" else len(data.classes)
+    return ViT(data.image_size, args.patch, args.dim, args.heads, feeds, classes, args.head == "patch", args.group == "batch")
 
 
 def moe_blocks(depth):
@@ -97,20 +103,30 @@ def moe_blocks(depth):
 def loss(model, batch):
     """Cross-entropy, counts {name: sum over the batch} for metrics, and the routings."""
     logits, routings = model(batch["image"])
-    right = (logits.argmax(-1) == batch["label"]).sum()
-    return F.cross_entropy(logits, batch["label"]), {"count": len(logits), "right": right}, routings
+    label, counts = batch["label"], {}
+    if logits.ndim == 3:  # patches: ground, and an edge or the interior of each shape
+        kind, guess = batch["kind"], logits.argmax(-1)
+        label = torch.where(kind > 0, 2 * batch["pair"][:, :1] + kind, 0)  # [B, T]
+        for c in range(logits.shape[-1]):
+            counts |= {f"both{c}": ((guess == c) & (label == c)).sum(), f"either{c}": ((guess == c) | (label == c)).sum()}
+    right = (logits.argmax(-1) == label).sum()
+    return F.cross_entropy(logits.flatten(0, -2), label.flatten()), counts | {"count": label.numel(), "right": right}, routings
 
 
 def metrics(sums):
-    """What is reported, from summed counts and the summed loss."""
-    return {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
+    """What is reported, from summed counts and the summed loss; of patches also the mean intersection over union."""
+    told = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
+    shares = [sums[f"both{c}"] / max(1, sums[f"either{c}"]) for c in range(1 + 2 * len(SHAPES)) if f"both{c}" in sums]
+    return told | ({"miou": 100 * sum(shares) / len(shares)} if shares else {})
 
 
 def columns(summary):
     """The table's columns that are this task's own, {name: number, (mean, spread) or None}; the first one decides."""
     pair = lambda name: tuple(summary[name]) if name in summary else None
-    return {HEADLINE[0]: summary["test"]["top1"], "dropless %": summary.get("test_dropless", {}).get("top1"),
-            "10-shot %": pair("few_shot"), "untrained": pair("few_shot_untrained"), "pixels": pair("few_shot_pixels")}
+    test, dropless = summary["test"], summary.get("test_dropless", {})
+    head = {"mIoU %": test["miou"], "patches right %": test["top1"]} if "miou" in test else {"top-1 %": test["top1"]}
+    return {**head, "dropless %": dropless.get("miou", dropless.get("top1")), "10-shot %": pair("few_shot"),
+            "untrained": pair("few_shot_untrained"), "pixels": pair("few_shot_pixels")}
 
 
 # ---------------------------------------------------------------- images drawn on the fly
@@ -369,8 +385,7 @@ def report(args, model, data, fresh, draws=5):
     if not len(data.few_shot_classes):
         return {}
     untrained = fresh()
-    readers = {"few_shot": lambda x: model.features(x)[0], "few_shot_untrained": lambda x: untrained.features(x)[0],
-               "few_shot_pixels": lambda x: x.flatten(1)}
+    readers = {"few_shot": model.features, "few_shot_untrained": untrained.features, "few_shot_pixels": lambda x: x.flatten(1)}
     accuracy = {name: [] for name in readers}
     for draw in range(draws):
         support, query = data.probe(draw)
@@ -402,12 +417,16 @@ def files(data):
 
 
 def ignored(setting):
-    """Flags of this file without meaning beside the others of {flag: value}: none."""
-    return set()
+    """Flags of this file without meaning beside the others of {flag: value}: a grid drops them."""
+    return {"--group"} if setting.get("--router") in ("dense", "soft") else set()
 
 
 def settle(args, router):
-    """Fill in what follows from other flags: nothing. An image may be routed in any way: no remark."""
+    """Hold flags to each other; an image may be routed in any way, so that no remark (the returned string) is due."""
+    if args.head == "patch" and args.data:
+        raise ValueError("--head patch is for drawn images, whose patches are known; --data has none")
+    if args.group == "batch" and (args.router in ("dense", "soft") or torch.distributed.is_initialized()):
+        raise ValueError("--group batch is for hard routers in one process: Soft MoE's slots are made for one image")
     return ""
 
 
@@ -415,6 +434,8 @@ def add_flags(parser, kinds):
     group = parser.add_argument_group("images")
     group.add_argument("--data", help="a CIFAR-layout folder, an .npz, cifar10 or cifar100 (fetched once); none: drawn on the fly")
     group.add_argument("--patch", type=kinds.whole, help="pixels along a patch")
+    group.add_argument("--head", choices=("class", "patch"), default="class", help="predict an image's class, or each patch's kind and shape")
+    group.add_argument("--group", choices=("image", "batch"), default="image", help="tokens that are routed together")
     group.add_argument("--few-shot", action="store_true", help="on stored images, hold out the last fifth of the classes for the probe")
 
 

@@ -794,6 +794,7 @@ def test_one_seed_gives_the_same_run_bit_for_bit_eval_repeats_it_and_another_see
     ("--router hash --z-loss 1", "offers no z loss"), ("--grad-accum 3", "--grad-accum must divide --batch-size 128, got 3"),
     ("--balance bias", "--balance bias is for routers in which"), ("--moe-blocks a", "--moe-blocks: invalid list such as 1,3 value"),
     ("--steps 1.5", "--steps: invalid whole number value: '1.5'"), ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
+    ("--group batch --router soft", "--group batch is for hard routers"), ("--head patch --data x", "--head patch is for drawn images"),
     ("--lr 0", "must be a positive number, got 0"), ("--size huge", "argument --size: invalid choice: 'huge'"),
     ("--lr inf", "must be a positive number, got inf"), ("--warmup 1", "must be a share from 0 up to 1"),
     pytest.param("--device cuda", "--device cuda: this machine has none; there is cpu", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
@@ -930,9 +931,34 @@ def test_gflops_are_the_forward_products_of_one_image_and_active_parameters_thos
     assert total - active == (0 if router == "dense" else (E - K) * (2 * D * H + D + H))
 
 
+def test_patches_are_told_apart_by_kind_and_shape():
+    args, _, _, data, model, _ = built("--head", "patch", "--router", "dense")
+    batch = data.batch(0)
+    shape, kind = batch["pair"][:, 0], batch["kind"]
+    truth = torch.stack([torch.where(kind[i] == 0, 0, 1 + 2 * shape[i] + kind[i] - 1) for i in range(len(kind))])
+    perfect = lambda image: (10.0 * F.one_hot(truth, 13).float(), {})
+    value, counts, _ = moe_vision.loss(perfect, batch)
+    present = len(truth.unique())
+    assert value < 1e-2 and moe_vision.metrics(counts | {"loss": value})["miou"] == pytest.approx(100 * present / 13)
+    ground, counts, _ = moe_vision.loss(lambda image: (F.one_hot(torch.zeros_like(truth), 13).float(), {}), batch)
+    assert moe_vision.metrics(counts | {"loss": ground})["miou"] == pytest.approx(100 * (truth == 0).double().mean().item() / 13)
+    assert model(batch["image"])[0].shape == (*truth.shape, 13)
+
+
+def test_a_batch_is_one_group_if_so_asked():
+    for router in "token_choice", "expert_choice":
+        args, _, _, data, model, _ = built("--router", router, "--group", "batch")
+        (routing,) = model(data.batch(0)["image"])[1].values()
+        assert list(routing.mass().shape) == [1, 8 * 16, 4]
+        _, gathered = train.evaluate(args, moe_vision, model, data, "test", torch.device("cpu"))
+        assert {len(mass) for parts in gathered.values() for mass, *_ in parts} == {256 * 16}
+
+
 def test_statistics_of_a_routing_worked_out_by_hand():
+    entropy = train.statistics({0: Routing(torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1), torch.tensor([1.0, 0]), logits=torch.tensor([[[0.0, math.log(3)]]]))})[0]
+    assert entropy["dead"] == 1 and entropy["entropy"] == pytest.approx(0.811278, abs=1e-5)
     routing = routers.HardRouting(torch.tensor([[[0, 1], [0, 4]]]), torch.ones(1, 2, 2), 4, torch.tensor([0.75, 0.25]))  # tokens 2, 3 dropped
-    assert train.statistics({1: routing}) == {1: {"load": 1.5, "dropped": 0.5, "slots_per_token": 0.75}}
+    assert train.statistics({1: routing}) == {1: {"load": 1.5, "dead": 0, "dropped": 0.5, "slots_per_token": 0.75}}
 
 
 def test_no_decay_on_norms_biases_positions_and_routers():

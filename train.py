@@ -361,12 +361,21 @@ class WholeNoise(TorchFunctionMode):
 
 
 def statistics(routings):
-    """Per MoE block: load max/mean, share of dropped tokens, and slots a token sits in, from {block: Routing}."""
+    """The signs of a router's health, per MoE block, from {block: Routing}.
+
+    load max/mean; experts that got nothing; share of tokens in no slot; slots a token sits in; entropy of the gates, 1 =
+    uniform; in training, the norm of the router's gradient before clipping.
+    """
     stats = {}
     for block, routing in routings.items():
         counts = routing.counts()
-        stats[block] = {"load": float(routing.load.max() * len(routing.load)), "dropped": float((counts == 0).float().mean()),
-                        "slots_per_token": float(counts.float().mean())}
+        stats[block] = {"load": float(routing.load.max() * len(routing.load)), "dead": int((routing.load == 0).sum()),
+                        "dropped": float((counts == 0).float().mean()), "slots_per_token": float(counts.float().mean())}
+        if hasattr(routing, "logits"):
+            gates = routing.logits.detach().float().flatten(2).softmax(-1)
+            stats[block]["entropy"] = float(-torch.special.xlogy(gates, gates).sum(-1).mean() / math.log(max(2, gates.shape[-1])))
+        if hasattr(routing, "router_gradient"):
+            stats[block]["router_gradient"] = float(routing.router_gradient)
     return stats
 
 
@@ -432,6 +441,8 @@ def train_step(args, task, model, optimizer, data, step, device, caught=(), befo
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
         add(losses, {name: value.detach() / args.grad_accum for name, value in terms.items()})
         seen.append(once(routings))
+    for moe, routing in zip(moes(model), routings.values()):
+        routing.router_gradient = nn.utils.get_total_norm([p.grad for p in moe.router.parameters() if p.grad is not None])
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     sums, losses = total(sums, device), total(losses, device, size)
     if not torch.isfinite(norm + sums["loss"]):
@@ -547,7 +558,7 @@ def fit(args, task, model, data, device, folder, resumed=False):
                 file.write(json.dumps(line | {"blocks": statistics(routings)}) + "\n")
                 file.flush()
                 rate = (step - bar.initial) * args.batch_size / (time.perf_counter() - start)
-                shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "bits_per_byte") if name in line}
+                shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "miou", "bits_per_byte") if name in line}
                 bar.set_postfix(shown | {f"{task.UNIT}/s": f"{rate:.0f}"})
         keep()
     return step, before + time.perf_counter() - start, (caught or [signal.SIGTERM])[0] if stop else 0
@@ -593,16 +604,22 @@ DECIMALS = {"top-1 %": 1, "bits/byte": 3, "dropless": 3, "as generated": 3, "per
 CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to speak of
 
 
-def row(summaries, task):
-    """One row of the table, {column: text}, of the runs of one setting: a lone run's numbers, or mean ± deviation over seeds."""
+def row(summaries, task, known=False):
+    """One row of the table, {column: text}, of the runs of one setting: a lone run's numbers, or mean ± deviation over seeds.
+
+    With `known`, also what experts know of the labels: NMI less its null mean, the mean of the blocks.
+    """
     columns, texts = [], {}
     for s in summaries:
         blocks = s[task.SPLITS[-1]]["blocks"].values()
         columns.append({**task.columns(s), "load max/mean": [b["load"] for b in blocks], "dropped %": [100 * b["dropped"] for b in blocks],
                         "parameters": s["parameters"], "active": s["active_parameters"], "GFLOPs": s["gflops"],
                         f"{task.UNIT}/s": s[f"{task.UNIT}_per_second"], "seconds": s["seconds"]})
+        for label in ("patch kind", "class", "texture", "shape", "position", "token class", "topic") if known else ():
+            values = [of[label][0] - of[label][1] for of in s["specialisation"].values() if label in of]
+            columns[-1] |= {f"NMI {label}": float(np.mean(values)) if values else None}
     for name in columns[0]:
-        values, show = [c[name] for c in columns], f"{{:,.{DECIMALS.get(name, 1)}f}}".format
+        values, show = [c[name] for c in columns], f"{{:,.{DECIMALS.get(name, 3 if name.startswith('NMI') else 1)}f}}".format
         if None in values or [] in values:
             texts[name] = "-"
         elif isinstance(values[0], list):
@@ -635,18 +652,19 @@ def results(folder):
     task, rows = TASKS[tasks.pop()], []
     names = [name for name in settings[0] if name not in ("router", "remark")]
     differing = [name for name in names if len({json.dumps(s[name]) for s in settings if s.get(name) is not None}) > 1]
-    column, sign = task.HEADLINE
+    sign = 1 if task.MORE_IS_BETTER else -1
     for setting, group in zip(settings, runs.values()):
-        scores = [task.columns(summary)[column] or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary in group]
+        scores = [next(iter(task.columns(summary).values())) or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary in group]
         named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
         named = {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group))}
-        rows.append((scores, named | row([summary for _, summary in group], task)))
+        rows.append((scores, named | row([summary for _, summary in group], task, known=True)))
     rows.sort(key=lambda r: -sign * np.mean(r[0]))
     best = rows[0][0]
     for scores, texts in rows:
         gap, spread = np.mean(scores) - np.mean(best), math.hypot(deviation(scores), deviation(best))
         texts["to the best"] = "best" if scores is best else "tie" if abs(gap) <= spread else f"{gap:+.3f}"  # inside the spread is a tie
-    text = table([texts for _, texts in rows])
+    empty = {name for name in rows[0][1] if all(texts[name] == "-" for _, texts in rows)}
+    text = table([{name: text for name, text in texts.items() if name not in empty} for _, texts in rows])
     (pathlib.Path(folder) / "results.md").write_text(text + "\n")
     lines = [json.dumps({"flags": flags, "summary": summary}) for group in runs.values() for flags, summary in group]
     (pathlib.Path(folder) / "results.jsonl").write_text("\n".join(lines) + "\n")
