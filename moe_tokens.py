@@ -446,7 +446,7 @@ def show(model, data, joints, folder=None):
     pieces, batch = data.tokenizer.pieces, data.ready("validation", data.scored[:: max(1, len(data.scored) // 3)][:3])
     tokens, page = batch["input"], ["<!doctype html><meta charset=utf-8><title>Text coloured by expert</title>"]
     for block, routing in loss(model, batch)[2].items():
-        mass, experts = joints[block]["token"], routing.mass().argmax(-1).view(len(tokens), -1).expand(tokens.shape)
+        mass, experts = joints[block]["token"][0], routing.mass().argmax(-1).view(len(tokens), -1).expand(tokens.shape)
         for expert, share in enumerate(mass.T):
             common = [pieces[i].decode("utf-8", "replace") for i in share.topk(12).indices if share[i] > 0]
             print(f"block {block}, expert {expert}:", *(repr(piece)[1:-1] for piece in common))

@@ -8,11 +8,14 @@ folder in the CIFAR binary layout or an .npz, and the official CIFAR archives, f
 train.py uses add_flags, moe_blocks, load_data, build_model, loss, metrics, report and columns, and the tables of defaults;
 moe_tokens.py offers it the same names.
 """
+import base64
+import colorsys
 import hashlib
 import math
 import os
 import pathlib
 import tarfile
+import zlib
 
 import numpy as np
 import torch
@@ -157,6 +160,7 @@ class Drawn:
     """
 
     image_size, classes, few_shot_classes = 32, TRAINED, HELD_OUT
+    names = [f"{list(SHAPES)[shape]} {list(TEXTURES)[texture]}" for shape, texture in TRAINED]
 
     def __init__(self, args, device):
         self.seed, self.batch_size, self.patch, self.device = args.seed, args.batch_size, args.patch, device
@@ -188,6 +192,10 @@ class Drawn:
         covered = F.avg_pool2d(inside[:, None].float(), self.patch).flatten(1)  # [B, T], share of the patch
         kind = (covered > 0).long() + (covered == 1).long()
         return {"image": (image - 0.5) * 4, "label": label, "kind": kind, "pair": pair}
+
+    def pixels(self, image):
+        """Images as the model sees them -> what an eye sees, [B, S, S, 3] uint8."""
+        return ((image / 4 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def batch(self, step, part=slice(None)):
         return self.draw(self.batch_size, TRAINED, "train", step, part=part)
@@ -324,8 +332,11 @@ class Stored:
             raise ValueError(f"--batch-size {self.batch_size} is larger than the data: {len(self.parts['train'][1])} training images")
         pixels = self.parts["train"][0].to(torch.get_default_dtype()) / 255
         self.mean, self.std = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None] + 1e-5
-        self.image_size = pixels.shape[-1]
+        self.image_size, self.names = pixels.shape[-1], [f"class {c}" for c in range(known)]
         self.about = f"{path.name}: " + ", ".join(f"{len(y)} {name}" for name, (_, y) in self.parts.items()) + f" images, {known} classes"
+
+    def pixels(self, image):
+        return ((image.cpu() * self.std + self.mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
 
     def ready(self, image, label):
         return {"image": ((image.to(self.mean) / 255 - self.mean) / self.std).to(self.device), "label": label.to(self.device)}
@@ -400,15 +411,46 @@ def labels(batch, data, start):
     B, T = len(batch["image"]), (data.image_size // data.patch) ** 2
     wide = lambda of_image: of_image.cpu()[:, None].expand(B, T)
     image, each = wide(torch.arange(start, start + B)), torch.arange(start * T, (start + B) * T).view(B, T)
-    found = {"class": (wide(batch["label"]), image, [str(c) for c in data.classes]), "position": (torch.arange(T).expand(B, T), each, range(T))}
+    found = {"class": (wide(batch["label"]), image, data.names), "position": (torch.arange(T).expand(B, T), each, range(T))}
     if "kind" in batch:
         found["patch kind"] = batch["kind"].cpu(), each, KINDS
         found |= {"shape": (wide(batch["pair"][:, 0]), image, list(SHAPES)), "texture": (wide(batch["pair"][:, 1]), image, list(TEXTURES))}
     return found
 
 
-def show(model, data, joints, folder=None):
-    """Nothing to print beside the table."""
+def png(pixels):
+    """The bytes of a PNG of pixels [H, W, 3] uint8."""
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    head = pixels.shape[1].to_bytes(4, "big") + pixels.shape[0].to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@torch.no_grad()
+def show(model, data, joints, folder=None, count=8, side=128):
+    """Write patches.svg to the run folder: test images, and beside each its patches coloured by expert, block by block."""
+    if not folder or not joints:
+        return
+    images = next(iter(data.split("test")))["image"][:count]
+    routings, n = model(images)[1], data.image_size // data.patch
+    E = len(next(iter(routings.values())).load)
+    palette = [[round(255 * part) for part in colorsys.hls_to_rgb(e / E, 0.45 + 0.25 * (e % 2), 0.8)] for e in range(E)] + [[200] * 3]
+    tiles = [np.kron(data.pixels(images), np.ones((1, side // data.image_size, side // data.image_size, 1), np.uint8))]
+    for routing in routings.values():
+        mass = routing.mass().reshape(len(images), n, n, E).cpu()
+        expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E)  # E: no expert took the patch
+        tiles.append(np.kron(np.array(palette, np.uint8)[expert.numpy()], np.ones((1, side // n, side // n, 1), np.uint8)))
+    sheet = [np.pad(tile, ((0, 0), (4, 4), (4, 4), (0, 0)), constant_values=255)[:, : side + 8, : side + 8] for tile in tiles]
+    width, height = len(sheet) * sheet[0].shape[2], count * sheet[0].shape[1]
+    mosaic = base64.b64encode(png(np.concatenate([np.concatenate(list(part)) for part in sheet], 1))).decode()
+    text = lambda x, y, words: f'<text x="{x}" y="{y}">{words}</text>'
+    heads = [text(4 + i * sheet[0].shape[2], 20, words) for i, words in enumerate(["image", *(f"block {block}" for block in routings)])]
+    legend = [f'<rect x="{width + 12}" y="{34 + 22 * e}" width="16" height="16" fill="rgb{tuple(colour)}"/>' +
+              text(width + 34, 47 + 22 * e, f"expert {e}" if e < E else "no expert") for e, colour in enumerate(palette)]
+    (folder / "patches.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 120}" height="{max(height, 22 * E + 40) + 34}" font-family="sans-serif" font-size="14">'
+        f'<rect width="100%" height="100%" fill="white"/>{"".join(heads + legend)}'
+        f'<image x="0" y="28" width="{width}" height="{height}" href="data:image/png;base64,{mosaic}"/></svg>\n')
 
 
 def files(data):

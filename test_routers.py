@@ -24,7 +24,9 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -1259,6 +1261,24 @@ def test_experts_of_a_topic_know_the_topic_and_those_of_a_token_its_class(flags,
     value, mean, bound = json.loads((tmp_path / "run/summary.json").read_text())["specialisation"]["0"][name]
     assert value > bound > mean and (name != "topic" or value == pytest.approx(1))
     assert "block 0, expert 0:" in capsys.readouterr().out
+
+
+def test_pictures_are_xml_and_hold_what_they_name(tmp_path):
+    assert run(*SMALL, "--router", "token_choice", "--steps", 4, "--out", tmp_path) == 0
+    pictures = {name: ElementTree.parse(tmp_path / f"{name}.svg").getroot() for name in ("experts", "health", "patches")}
+    words = {name: [part.text for part in picture.iter("{http://www.w3.org/2000/svg}text")] for name, picture in pictures.items()}
+    assert {"block 1: patch kind x expert", "interior", "disc level", "3"} <= set(words["experts"])
+    assert {"loss", *train.SIGNS.values(), "block 1", "step 1"} <= set(words["health"]) and {"image", "block 1", "expert 3", "no expert"} <= set(words["patches"])
+    points = [part.get("points").split() for part in pictures["health"].iter("{http://www.w3.org/2000/svg}polyline")]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:4]]
+    heights = [float(point.split(",")[1]) for point in points[0]]
+    assert np.argsort(heights).tolist() == np.argsort(losses)[::-1].tolist()  # up is more
+    joint = torch.tensor([[3.0, 1.0], [0.0, 0.0]])
+    shares = re.findall(r"<title>(\w), expert (\d): ([\d.]+)", "".join(train.heat_map(0, 0, "t", joint, "ab")))
+    assert shares == [("a", "0", "0.750"), ("a", "1", "0.250"), ("b", "0", "0.000"), ("b", "1", "0.000")]
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    raw = zlib.decompress(re.search(rb"IDAT(.*)....\x00\x00\x00\x00IEND", moe_vision.png(pixels), re.S)[1])
+    assert np.array_equal(np.frombuffer(raw, np.uint8).reshape(5, 22)[:, 1:].reshape(5, 7, 3), pixels)
 
 
 # ---------------------------------------------------------------- grids and tables

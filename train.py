@@ -15,7 +15,9 @@ state to keep: a resumed run is the same run, and a process of many draws for th
 A run folder holds config.json, metrics.jsonl, checkpoint.pt and summary.json.
 """
 import argparse
+import colorsys
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -409,7 +411,7 @@ def evaluate(args, task, model, data, split, device):
                 mass = mass.reshape(len(label), -1, mass.shape[-1]).expand(*label.shape, -1)  # a sequence's on all its tokens
                 known = label.flatten() >= 0
                 parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
-                gathered.setdefault((block, name, len(names)), []).append(parts)
+                gathered.setdefault((block, name, tuple(names)), []).append(parts)
         start += len(batch[next(iter(batch))])
     return {**task.metrics(sums), "blocks": mean_statistics(stats)}, gathered
 
@@ -587,6 +589,8 @@ def conclude(args, task, model, data, device, gflops, seconds, folder=None):
         shown = lambda *values: dict(zip(("NMI", "by chance", "95 % of chance"), (f"{value:.3f}" for value in values)))
         print(table([{"block": str(block), "experts know of": name, **shown(*values)} for block, of in found.items() for name, values in of.items()]))
     task.show(model, data, joints, folder)
+    if folder:
+        draw(folder, joints)
     return summary
 
 
@@ -664,11 +668,14 @@ def results(folder):
         gap, spread = np.mean(scores) - np.mean(best), math.hypot(deviation(scores), deviation(best))
         texts["to the best"] = "best" if scores is best else "tie" if abs(gap) <= spread else f"{gap:+.3f}"  # inside the spread is a tie
     empty = {name for name in rows[0][1] if all(texts[name] == "-" for _, texts in rows)}
-    text = table([{name: text for name, text in texts.items() if name not in empty} for _, texts in rows])
-    (pathlib.Path(folder) / "results.md").write_text(text + "\n")
+    shown = table([{name: texts[name] for name in texts if name not in empty} for _, texts in rows])
+    (pathlib.Path(folder) / "results.md").write_text(shown + "\n")
     lines = [json.dumps({"flags": flags, "summary": summary}) for group in runs.values() for flags, summary in group]
     (pathlib.Path(folder) / "results.jsonl").write_text("\n".join(lines) + "\n")
-    print(text)
+    print(shown)
+    losses = {path.parent.name: [(line["step"], line["loss"]) for line in read_lines(path.parent)] for path in sorted(pathlib.Path(folder).glob("*/summary.json"))}
+    parts = curves(60, 40, "training loss", losses, 700, 420) + legend(790, 50, losses)
+    (pathlib.Path(folder) / "curves.svg").write_text(svg(1300, max(500, 60 + 18 * len(losses)), parts))
 
 
 def table(rows):
@@ -703,14 +710,92 @@ def nmi_and_null(mass, label, unit, draws=100):
 
 
 def specialisation(gathered):
-    """From evaluate's: {block: {name: [NMI, null mean, null 95 %]}} and the joint masses {block: {name: [labels, E]}}."""
+    """From evaluate's: {block: {name: [NMI, null mean, null 95 %]}} and {block: {name: (joint mass [labels, E], labels)}}."""
     found, joints = {}, {}
-    for (block, name, count), parts in gathered.items():
+    for (block, name, names), parts in gathered.items():
         mass, label, unit = (torch.cat(column) if column[0] is not None else None for column in zip(*parts))
-        joints.setdefault(block, {})[name] = mass.new_zeros(count, mass.shape[1]).index_add(0, label, mass)
+        joints.setdefault(block, {})[name] = mass.new_zeros(len(names), mass.shape[1]).index_add(0, label, mass), names
         if unit is not None and len(label):
             found.setdefault(block, {})[name] = nmi_and_null(mass, label, unit)
     return found, joints
+
+
+# ---------------------------------------------------------------- pictures
+def svg(width, height, parts):
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
+            f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
+
+
+def text(x, y, words, anchor="start", more=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(str(words))}</text>'
+
+
+def heat_map(x, y, title, joint, names, cell=18):
+    """Parts of a picture: for each label [labels, E], how its mass is shared among the experts, white 0 to dark blue 1."""
+    share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
+    parts = [text(x, y - 24, title, more='font-weight="bold"')] + [text(x + cell * (e + 0.5), y - 7, e, "middle") for e in range(share.shape[1])]
+    for r, name in enumerate(names):
+        parts.append(text(x - 6, y + cell * (r + 0.7), name, "end"))
+        for e, part in enumerate(share[r].tolist()):
+            red, green, blue = (round(255 - part * (255 - full)) for full in (8, 48, 107))
+            parts.append(f'<rect x="{x + cell * e}" y="{y + cell * r}" width="{cell}" height="{cell}" fill="rgb({red},{green},{blue})" stroke="#ddd">'
+                         f"<title>{html.escape(str(name))}, expert {e}: {part:.3f}</title></rect>")
+    return parts
+
+
+def curves(x, y, title, lines, width=330, height=180):
+    """Parts of a picture: lines {name: [(x, y), ...]} in one frame, the axes' ends labelled."""
+    finite = [point for line in lines.values() for point in line if math.isfinite(point[1])]
+    (left, right), (low, high) = ((min(of), max(of)) for of in (zip(*finite) if finite else [(0, 1), (0, 1)]))
+    place = lambda a, b: (x + width * (a - left) / ((right - left) or 1), y + height - height * (b - low) / ((high - low) or 1))
+    parts = [text(x, y - 8, title, more='font-weight="bold"'), f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
+             text(x - 4, y + 10, f"{high:.3g}", "end"), text(x - 4, y + height, f"{low:.3g}", "end"),
+             text(x, y + height + 15, f"step {left}"), text(x + width, y + height + 15, right, "end")]
+    for i, (name, line) in enumerate(lines.items()):
+        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line if math.isfinite(point[1]))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{hue(i, len(lines))}" stroke-width="1.5"><title>{html.escape(name)}</title></polyline>')
+    return parts
+
+
+def hue(i, count):
+    return "#" + bytes(round(255 * part) for part in colorsys.hls_to_rgb(i / max(1, count), 0.4 + 0.15 * (i % 2), 0.75)).hex()
+
+
+def legend(x, y, names):
+    return [part for i, name in enumerate(names) for part in (f'<rect x="{x}" y="{y + 18 * i - 10}" width="12" height="12" fill="{hue(i, len(names))}"/>',
+                                                              text(x + 18, y + 18 * i, name))]
+
+
+def read_lines(folder):
+    """The training lines of metrics.jsonl."""
+    return [line for line in map(json.loads, open(folder / "metrics.jsonl")) if "split" not in line]
+
+
+SIGNS = {"load": "load max/mean", "dead": "experts without a token", "dropped": "share of tokens dropped", "entropy": "entropy of the gates",
+         "router_gradient": "norm of the router's gradient"}
+
+
+def draw(folder, joints):
+    """experts.svg: where each label's tokens go, per block. health.svg: the run's loss and the signs of its routers' health."""
+    parts, bottom, across = [text(10, 20, "Share of each label's tokens that goes to each expert: white none, dark blue all")], 70, 0
+    for name, (first, names) in next(iter(joints.values()), {}).items():
+        if len(names) <= 24:  # more rows are no picture
+            across = 150 + 18 * first.shape[1]
+            for column, (block, of) in enumerate(joints.items()):
+                parts += heat_map(150 + across * column, bottom, f"block {block}: {name} x expert", *of[name])
+            bottom += 18 * len(names) + 60
+    if across:
+        (folder / "experts.svg").write_text(svg(across * len(joints) + 140, bottom, parts))
+    lines = read_lines(folder)
+    along = lambda value: [(line["step"], value(line)) for line in lines]
+    frames = {"loss": {"loss": along(lambda line: line["loss"])}, "gradient norm": {"norm": along(lambda line: line["grad_norm"])}}
+    blocks = lines[-1]["blocks"] if lines else {}
+    for sign, title in SIGNS.items():
+        of = {f"block {b}": along(lambda line: line["blocks"][b][sign]) for b in blocks if sign in blocks[b]}
+        frames |= {title: of} if of else {}
+    parts = [part for i, of in enumerate(frames.items()) for part in curves(60 + 410 * (i % 3), 40 + 230 * (i // 3), *of)]
+    parts += legend(1260, 50, [f"block {b}" for b in blocks])
+    (folder / "health.svg").write_text(svg(1360, 230 * math.ceil(len(frames) / 3) + 30, parts))
 
 
 # ---------------------------------------------------------------- runs
