@@ -50,7 +50,7 @@ TASKS = {"vision": moe_vision, "tokens": moe_tokens}
 UNRELATED = {"device", "out", "overwrite", "eval", "sample", "table", "resume", "log_every", "save_every", "run", "bench", "tokens",
              "group_size", "repeats"}  # flags that change no result
 DEFAULTS = dict(weight_decay=0.05, warmup=0.1, clip=1.0, grad_accum=1, z_loss=0.0, balance="none", expert_init="independent",
-                dense_match="active", schedule="cosine", dtype="auto")
+                dense_match="active", schedule="cosine", dtype="auto", remark="")
 BALANCE = {"none": {}, "vmoe": {"importance": 0.005, "load": 0.005}, "switch": {"balance": 0.01}, "bias": {}}
 BIAS_RATE = 1e-3  # the step of --balance bias (2408.15664)
 OPTIONS = {name: default for router in ROUTERS.values() for name, default in router.defaults.items()}
@@ -820,8 +820,7 @@ def read_flags(folder):
     path = pathlib.Path(folder) / "config.json"
     try:
         flags = json.loads(path.read_text())["flags"]
-        TASKS[flags["task"]], flags["router"], flags["size"]
-        return flags
+        return vars(make_parser(flags["task"], flags["size"], flags["router"]).parse_args([])) | flags  # flags newer than the run: defaults
     except FileNotFoundError:
         raise ValueError(f"{folder} is no run: config.json is missing") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -846,7 +845,7 @@ def read_checkpoint(folder):
 def load_run(folder, device):
     """args, task, data, model, device, GFLOPs and seconds of a finished run. Raises ValueError for a folder that is none."""
     folder = pathlib.Path(folder)
-    saved, checkpoint = argparse.Namespace(**read_flags(folder), device=device, run=folder), read_checkpoint(folder)
+    saved, checkpoint = argparse.Namespace(**read_flags(folder) | {"device": device, "run": folder}), read_checkpoint(folder)
     try:
         seconds = json.loads((folder / "summary.json").read_text())["seconds"]
         device, task, data, model, gflops = build(saved)
