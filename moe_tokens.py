@@ -30,6 +30,7 @@ from routers import MoE, seeded
 
 UNSCORED = -100  # label of a position that is not scored
 UNIT, SPLITS = "sequences", ("validation",)  # what examples/s counts; the parts that are evaluated, the last one for the table
+EXAMINED = "all"  # what experts specialise in is asked on both parts: a topic needs many documents to be told from chance
 MORE_IS_BETTER = False  # of the number in the first of columns()
 SIZES = {  # model and budget; every entry has a flag of its own
     "tiny": dict(dim=128, depth=4, heads=4, hidden=512, context=128, experts=8, steps=400, batch_size=16, lr=3e-3),
@@ -353,7 +354,7 @@ class Text:
         saved = getattr(args, "run", None)  # a finished run's numbers are those of its own tokenizer
         learned = lambda: Tokenizer.learn((raw for _, _, raw in parts["train"]), args.vocab_size or 4096)
         self.tokenizer = Tokenizer.read(saved / "tokenizer.json") if saved else learned()
-        pieces, used = self.tokenizer.pieces, 0
+        pieces, used, first = self.tokenizer.pieces, 0, 0
         self.vocab_size, length = len(pieces), np.array([len(piece) for piece in pieces])
         for part, chosen in parts.items():
             tokens = [self.tokenizer.encode(raw) for _, _, raw in chosen]
@@ -361,11 +362,13 @@ class Text:
             document, ends = np.repeat(np.arange(len(chosen)), blocks), np.cumsum([len(ids) for ids in tokens])
             place = np.arange(len(document)) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # a block's number within its document
             starts = (ends - [len(ids) for ids in tokens])[document] + self.context * place
-            self.parts[part] = np.concatenate(tokens), starts, document, np.array([topics.index(d[0]) for d in chosen])[document]
+            self.parts[part] = np.concatenate(tokens), starts, document + first, np.array([topics.index(d[0]) for d in chosen])[document]
+            first += len(chosen)
             used += sum(length[ids[: count * self.context]].sum() for ids, count in zip(tokens, blocks))
         self.bytes_of, self.topics = torch.from_numpy(length), topics if len(topics) > 1 else []
-        common = np.bincount(self.parts["validation"][3], minlength=len(topics)).argsort(kind="stable")[::-1][:10]
-        self.rank = torch.full((len(topics),), -1).scatter(0, torch.tensor(common.copy()), torch.arange(len(common)))
+        documents_of = collections.Counter(dict(zip(*(np.concatenate([self.parts[part][i] for part in parts]) for i in (2, 3)))).values())
+        common = np.array(sorted(documents_of, key=lambda topic: (-documents_of[topic], topic))[:10])  # by documents with a block
+        self.rank = torch.full((len(topics),), -1).scatter(0, torch.tensor(common), torch.arange(len(common)))
         self.common = [topics[topic] for topic in common]
         self.classes = CODE if all(name.endswith(".py") for _, name, _ in documents) else PROSE
         self.class_of = torch.tensor([token_class(i, piece, self.classes) for i, piece in enumerate(pieces)])
@@ -392,8 +395,13 @@ class Text:
         return self.ready("train", np.array([order[p // count][p % count] for p in place])[part])
 
     def split(self, name):
-        size = max(1, 8192 // self.context)
-        return (self.ready(name, self.scored[i : i + size]) for i in range(0, len(self.scored), size))
+        """The validation blocks that are scored, or ("all") up to 4096 blocks evenly spread over all documents; in batches."""
+        size, chosen = max(1, 8192 // self.context), [("validation", self.scored)]
+        if name == "all":
+            counts = {part: len(self.parts[part][1]) for part in self.parts}
+            share = min(1, 4096 / sum(counts.values()))
+            chosen = [(part, np.linspace(0, count - 1, math.ceil(share * count)).astype(int)) for part, count in counts.items()]
+        return (self.ready(part, rows[i : i + size]) for part, rows in chosen for i in range(0, len(rows), size))
 
 
 def load_data(args, device):

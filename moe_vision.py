@@ -25,6 +25,7 @@ from torch import nn
 from routers import MoE, seeded
 
 UNIT, SPLITS = "images", ("validation", "test")  # what examples/s counts; the parts that are evaluated, the last one for the table
+EXAMINED = "test"  # the part on which it is asked what experts specialise in
 MORE_IS_BETTER = True  # of the number in the first of columns()
 SIZES = {  # model and budget; every entry has a flag of its own
     "tiny": dict(dim=64, depth=4, heads=4, hidden=256, patch=4, experts=8, steps=500, batch_size=128, lr=3e-3),

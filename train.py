@@ -397,23 +397,15 @@ def mean_statistics(several):
 
 @torch.no_grad()
 def evaluate(args, task, model, data, split, device):
-    """Metrics over a whole split, cross-entropy alone and without noise, routing statistics, and what experts specialise in."""
+    """Metrics over a whole split, cross-entropy alone and without noise, and the routings' statistics."""
     model.eval()
-    sums, stats, gathered, start = {}, [], {}, 0
+    sums, stats = {}, []
     for batch in data.split(split):
         with precision(args, device):
             loss, counts, routings = task.loss(model, batch)
         add(sums, {name: float(value) for name, value in (counts | {"loss": loss * counts["count"]}).items()})
         stats.append(statistics(routings))
-        for name, (label, unit, names) in task.labels(batch, data, start).items() if split == task.SPLITS[-1] else ():
-            for block, routing in routings.items():
-                mass = routing.mass().float().cpu()
-                mass = mass.reshape(len(label), -1, mass.shape[-1]).expand(*label.shape, -1)  # a sequence's on all its tokens
-                known = label.flatten() >= 0
-                parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
-                gathered.setdefault((block, name, tuple(names)), []).append(parts)
-        start += len(batch[next(iter(batch))])
-    return {**task.metrics(sums), "blocks": mean_statistics(stats)}, gathered
+    return {**task.metrics(sums), "blocks": mean_statistics(stats)}
 
 
 def train_step(args, task, model, optimizer, data, step, device, caught=(), before_moving=lambda: None):
@@ -568,14 +560,12 @@ def fit(args, task, model, data, device, folder, resumed=False):
 
 def conclude(args, task, model, data, device, gflops, seconds, folder=None):
     """Evaluate and probe; write the last lines of metrics.jsonl and the summary; print the table."""
-    result = {}
-    for split in task.SPLITS:
-        result[split], gathered = evaluate(args, task, model, data, split, device)
+    result = {split: evaluate(args, task, model, data, split, device) for split in task.SPLITS}
     with dropless(model) as differs:
         if differs:
-            result[split + "_dropless"], _ = evaluate(args, task, model, data, split, device)
+            result[task.SPLITS[-1] + "_dropless"] = evaluate(args, task, model, data, task.SPLITS[-1], device)
     total, active = parameters(model)
-    found, joints = specialisation(gathered)
+    found, joints = specialisation(args, task, model, data, device)
     told = task.report(args, model, data, lambda: build_model(args, task, data, device))
     summary = {"router": title(args), **result, **told, "specialisation": found, "parameters": total, "active_parameters": active,
                "gflops": gflops, "steps": args.steps}
@@ -709,9 +699,22 @@ def nmi_and_null(mass, label, unit, draws=100):
     return [nmi(joint(of)), float(np.mean(null)), float(np.quantile(null, 0.95))]
 
 
-def specialisation(gathered):
-    """From evaluate's: {block: {name: [NMI, null mean, null 95 %]}} and {block: {name: (joint mass [labels, E], labels)}}."""
-    found, joints = {}, {}
+@torch.no_grad()
+def specialisation(args, task, model, data, device):
+    """Of each MoE block: {block: {name: [NMI, null mean, null 95 %]}} and {block: {name: (joint mass [labels, E], labels)}}."""
+    model.eval()
+    gathered, start, found, joints = {}, 0, {}, {}
+    for batch in data.split(task.EXAMINED):
+        with precision(args, device):
+            _, _, routings = task.loss(model, batch)
+        for name, (label, unit, names) in task.labels(batch, data, start).items():
+            for block, routing in routings.items():
+                mass = routing.mass().float().cpu()
+                mass = mass.reshape(len(label), -1, mass.shape[-1]).expand(*label.shape, -1)  # a sequence's on all its tokens
+                known = label.flatten() >= 0
+                parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
+                gathered.setdefault((block, name, tuple(names)), []).append(parts)
+        start += len(batch[next(iter(batch))])
     for (block, name, names), parts in gathered.items():
         mass, label, unit = (torch.cat(column) if column[0] is not None else None for column in zip(*parts))
         joints.setdefault(block, {})[name] = mass.new_zeros(len(names), mass.shape[1]).index_add(0, label, mass), names
