@@ -1206,7 +1206,8 @@ def test_a_leak_is_marked_on_every_line_and_vanishes_when_the_model_generates(sh
         for t in range(args.context):
             logits, _ = model(batch["input"][row : row + 1, : t + 1])
             total += F.cross_entropy(logits[0, -1], batch["label"][row, t]).item()
-    assert summary["generated"]["loss"] == pytest.approx(total / batch["label"].numel(), rel=1e-4) and summary["router"] == "expert_choice (leaky)"
+    assert summary["as_generated"]["loss"] == pytest.approx(total / batch["label"].numel(), rel=1e-4) and summary["router"] == "expert_choice (leaky)"
+    assert summary["as_scored"]["loss"] == pytest.approx(moe_tokens.loss(model, batch)[0].item(), rel=1e-4)
 
 
 def test_a_finished_run_writes_on_from_a_prompt_or_says_why_not(shelf, tmp_path, capsys):

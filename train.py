@@ -16,6 +16,7 @@ A run folder holds config.json, metrics.jsonl, checkpoint.pt and summary.json.
 """
 import argparse
 import colorsys
+import gc
 import hashlib
 import html
 import io
@@ -1060,6 +1061,7 @@ def grid(settings):
         except (ValueError, OSError, RuntimeError) as error:
             print(f"{folder} failed: {error}", file=sys.stderr)
             status = 1
+        gc.collect()  # a model and its data hold each other
         if status > 128:
             return status
     results(out)
