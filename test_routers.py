@@ -28,6 +28,7 @@ import zlib
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread mostly waits, and for long where others work
 import numpy as np
 import pytest
 import torch
