@@ -5,8 +5,8 @@ place of their FFN, as in V-MoE (2106.05974). A group is an image, a token a pat
 
 Data comes in three kinds behind the same three methods (batch, split, probe): images drawn on the fly (the default), a
 folder in the CIFAR binary layout or an .npz, and the official CIFAR archives, fetched once.
-train.py uses add_flags, moe_blocks, load_data, build_model, loss, metrics, report and columns, and the tables of defaults;
-moe_tokens.py offers it the same names.
+train.py uses the names below that need no image to be understood (add_flags, settle, ignored, load_data, build_model, moe_blocks,
+loss, metrics, columns, report, labels, show, files, and the tables of defaults); moe_tokens.py offers it the same ones.
 """
 import base64
 import colorsys

@@ -1,4 +1,5 @@
-"""What routers.py promises, one test a promise: `pytest -q test_routers.py` (CPU, under a minute, nothing downloaded).
+"""What this set promises, one test a promise: `pytest -q` (CPU, under 3 minutes, nothing downloaded). With EVERY_ROUTER=1, and
+`-k killed`, runs of six routers on both tasks are killed and resumed.
 
 Axes as in routers.py: G groups, T tokens, D width, E experts, C slots, K choices. Numbers are compared in float64. What is parametrised
 over ROUTERS, or by @each, tests a router that you add as it is; for its values, write its worked example (WORKED) and slow twin (SLOW).
