@@ -799,6 +799,7 @@ def test_one_seed_gives_the_same_run_bit_for_bit_eval_repeats_it_and_another_see
     ("--balance bias", "--balance bias is for routers in which"), ("--moe-blocks a", "--moe-blocks: invalid list such as 1,3 value"),
     ("--steps 1.5", "--steps: invalid whole number value: '1.5'"), ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
     ("--group batch --router soft", "--group batch is for hard routers"), ("--head patch --data x", "--head patch is for drawn images"),
+    ("--bench --router dense", "--bench times routers: token_choice"), ("--bench --tokens 100", "--group-size must divide --tokens 100, got 256"),
     ("--lr 0", "must be a positive number, got 0"), ("--size huge", "argument --size: invalid choice: 'huge'"),
     ("--lr inf", "must be a positive number, got inf"), ("--warmup 1", "must be a share from 0 up to 1"),
     pytest.param("--device cuda", "--device cuda: this machine has none; there is cpu", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
@@ -964,6 +965,22 @@ def test_statistics_of_a_routing_worked_out_by_hand():
     assert entropy["dead"] == 1 and entropy["entropy"] == pytest.approx(0.811278, abs=1e-5)
     routing = routers.HardRouting(torch.tensor([[[0, 1], [0, 4]]]), torch.ones(1, 2, 2), 4, torch.tensor([0.75, 0.25]))  # tokens 2, 3 dropped
     assert train.statistics({1: routing}) == {1: {"load": 1.5, "dead": 0, "dropped": 0.5, "slots_per_token": 0.75}}
+
+
+def test_a_dropless_layer_computes_no_empty_slots_however_unbalanced():
+    moe, x = MoE(build_router("token_choice", 8, 4, capacity_factor=None), 16), torch.randn(2, 32, 8)
+    with torch.no_grad():
+        moe.router.gate.weight[0] += 9 * x.mean((0, 1))
+    with train.FlopCounterMode(display=False) as counter:
+        moe(x)
+    assert counter.get_total_flops() == 2 * 64 * (8 * 4 + 2 * 8 * 16)  # the gate, and one expert a token
+
+
+def test_a_bench_times_a_layer_against_its_bounds(capsys, tmp_path):
+    assert run("--bench", "--router", "token_choice", "--dim", 8, "--hidden", 16, "--tokens", 512, "--repeats", 1, "--out", tmp_path / "b.json") == 0
+    assert "| token_choice |" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "b.json").read_text())
+    assert set(row["ms"]) == {"layer", "dense", "bare experts", "tensor form"} and all(ms > 0 for ms in row["ms"].values())
 
 
 def test_no_decay_on_norms_biases_positions_and_routers():
@@ -1142,7 +1159,7 @@ def test_blocks_lie_within_documents_which_are_divided_by_topic(shelf):
     args, data, *_ = gpt(shelf, "--router", "dense", "--score-from", "5")
     for part, chosen in ("train", kept), ("validation", held):
         rows = np.arange(len(data.parts[part][1]))
-        batch, texts = data.ready(part, rows), {raw for _, _, raw in documents}
+        batch = data.ready(part, rows)
         for tokens, label, document, topic in zip(batch["input"], batch["label"], batch["document"], batch["topic"]):
             text, name = data.tokenizer.decode(tokens), data.topics[topic]
             assert any(text in raw for of, _, raw in documents if of == name)
@@ -1395,7 +1412,7 @@ def test_a_checkpoint_that_is_cut_changed_or_malicious_is_refused_and_left_alone
     monkeypatch.chdir(tmp_path)
     assert run(*SMALL, "--router", "token_choice", "--out", "run") == 0
     path = tmp_path / "run/checkpoint.pt"
-    good, g = path.read_bytes(), random.Random(0)
+    good = path.read_bytes()
     middle = good.index(b"data/0") + 500
     changed = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
     evil = io.BytesIO()
@@ -1483,7 +1500,6 @@ def test_readers_end_in_a_value_or_a_valueerror_whatever_the_bytes(shelf, tmp_pa
     def restored(folder):
         _, args = train.parse(["--resume", str(folder)])
         args.run = pathlib.Path(args.resume)
-        task = train.TASKS[args.task]
         model = train.build(args)[3]
         return train.restore(args, folder, model, train.make_optimizer(args, model, torch.device("cpu")))
 

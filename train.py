@@ -947,6 +947,10 @@ def bench(args, given):
     In the same rounds: a dense FFN of the experts' FLOPs, the batched experts alone on as many slots, and the tensor
     (einsum) form. Times are medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
     """
+    if args.router not in (*ROUTERS, "all"):
+        raise ValueError(f"--bench times routers: {', '.join(ROUTERS)}; got {args.router!r}")
+    if args.tokens % args.group_size:
+        raise ValueError(f"--group-size must divide --tokens {args.tokens}, got {args.group_size}")
     device, rows, result = pick_device(args.device), [], []
     square = torch.randn(2048, 2048, device=device)
     peak = 3 * 2 * 2048**3 / min(timed(args, device, lambda z: z @ z, square)[0] for _ in range(5))  # FLOP/s
