@@ -151,7 +151,7 @@ def make_parser(task, size, router):
     cost.add_argument("--bench", action="store_true", help="time one MoE layer of every router (or of --router), then stop")
     cost.add_argument("--tokens", type=KINDS.whole, default=4096, help="tokens of that layer")
     cost.add_argument("--group-size", type=KINDS.whole, default=256, help="tokens in a group of it")
-    cost.add_argument("--repeats", type=KINDS.whole, default=5, help="rounds that are timed")
+    cost.add_argument("--repeats", type=KINDS.whole, default=9, help="rounds that are timed")
     options = parser.add_argument_group("router options, for the routers named")
     for name, default in OPTIONS.items():
         option_flag(options, name, default)
@@ -641,6 +641,8 @@ def results(folder):
     if not runs:
         raise ValueError(f"--table {folder}: no finished run (a folder with a summary.json) lies there")
     settings = [json.loads(key) for key in runs]
+    for setting in settings:
+        setting |= {name: None for name in setting if flag(name) in ignored({flag(n): value for n, value in setting.items()})}
     tasks = {setting["task"] for setting in settings}
     if len(tasks) > 1:
         raise ValueError(f"--table {folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
@@ -972,11 +974,14 @@ def bench(args, given):
         first, times = timed(args, device, *calls["layer"])[0], {what: [] for what in calls}
         for _ in range(args.repeats + 2):
             for what, call in calls.items():
+                moe.zero_grad(), ffn.zero_grad()  # each writes its gradients afresh, as after a step
                 times[what].append(timed(args, device, *call))
-        ms = {what: 1e3 * float(np.median([seconds for seconds, _ in of[2:]])) for what, of in times.items()}
+        seconds = {what: np.array([taken for taken, _ in of[2:]]) for what, of in times.items()}
+        ms = {what: 1e3 * float(np.median(of)) for what, of in seconds.items()}
         kept = {what: times[what][-1][1] / 2**20 for what in ("layer", "dense")}
         share = 3 * 4 * filled * D * args.hidden / (ms["layer"] / 1e3) / peak
-        ratios = {"/ " + what: f"{ms['layer'] / ms[what]:.2f}" if what in ms else "-" for what in ("dense", "bare experts", "tensor form")}
+        ratios = {"/ " + what: f"{np.median(seconds['layer'] / seconds[what]):.2f}" if what in ms else "-"
+                  for what in ("dense", "bare experts", "tensor form")}
         rows.append({"router": name, "ms": f"{ms['layer']:.1f}", **ratios, "tokens/s": f"{1e3 * args.tokens / ms['layer']:,.0f}",
                      "% of matmul peak": f"{100 * share:.0f}", "MiB kept": f"{kept['layer']:.0f}", "dense MiB": f"{kept['dense']:.0f}"})
         rows[-1] |= {"first step s": f"{first:.1f}"} if args.compile else {}
