@@ -936,6 +936,21 @@ def test_gflops_are_the_forward_products_of_one_image_and_active_parameters_thos
     assert total - active == (0 if router == "dense" else (E - K) * (2 * D * H + D + H))
 
 
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "expert_threshold"])
+@pytest.mark.parametrize("top_k", ["1", "2"])
+@pytest.mark.parametrize("task", ["vision", "tokens"])
+def test_every_router_pays_what_the_dense_model_of_its_active_experts_pays(task, top_k, router, shelf):
+    def cost(*flags):
+        words = ["--data", str(shelf), "--context", "32", "--batch-size", "4", "--allow-leak"] if task == "tokens" else []
+        _, args = train.parse(["--task", task, "--top-k", top_k, *words, *flags])
+        train.check(args)
+        return train.build(args)[-1]
+
+    T, D, E, blocks = (64, 64, 8, 2) if task == "vision" else (32, 128, 8, 4)
+    mixing = 6 * blocks * T * D * T * int(top_k) / 1e9 if router == "soft" else 0  # logits, dispatch, combine: T*K slots by T tokens
+    assert cost("--router", router) == pytest.approx(cost("--router", "dense") + mixing, rel=0.03)
+
+
 def test_patches_are_told_apart_by_kind_and_shape():
     args, _, _, data, model, _ = built("--head", "patch", "--router", "dense")
     batch = data.batch(0)
@@ -1309,7 +1324,8 @@ def test_a_grid_drops_what_a_router_ignores_merges_equal_runs_and_keeps_finished
     names = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir() if path.is_dir())
     assert names == sorted([f"{r}-seed_{s}" for r in ("dense", "soft") for s in "01"] + [f"token_choice-priority_{p}-seed_{s}" for p in ("choice", "gate") for s in "01"])
     table = (tmp_path / "results.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert "In every row: --task vision --size tiny --steps 3 --batch-size" in table
     assert len(rows) == 2 + 4 and table.strip() in capsys.readouterr().out and {"seeds", "priority", "to the best", "10-shot %"} <= set(rows[0])
     runs = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     scores = [line["summary"]["test"]["top1"] for line in runs if line["flags"]["router"] == "soft"]

@@ -129,8 +129,8 @@ def make_parser(task, size, router):
     run.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
     run.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped; its flags hold, but for steps, device and intervals")
     run.add_argument("--dtype", choices=("auto", "float32", "float64", "bfloat16"), help="auto: bfloat16 autocast on CUDA, else float32")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--log-every", type=KINDS.whole, default=50, help="steps between lines of metrics.jsonl")
+    run.add_argument("--compile", action="store_true", help="torch.compile the model, without graph breaks")
+    run.add_argument("--log-every", type=KINDS.whole, default=10, help="steps between lines of metrics.jsonl")
     run.add_argument("--save-every", type=KINDS.whole, default=200, help="steps between checkpoints")
     train = parser.add_argument_group("optimisation: AdamW with warm-up")
     train.add_argument("--schedule", choices=("cosine", "constant"), help="the learning rate after the warm-up: cosine to 0, or constant")
@@ -487,6 +487,12 @@ def signals():
             signal.signal(number, handler)
 
 
+def compiled(module):
+    """The module compiled in one piece; models before it are forgotten, since torch keeps only some versions of one code."""
+    torch.compiler.reset()
+    return torch.compile(module, fullgraph=not dist.is_initialized())
+
+
 def settings_of(args):
     """The flags that decide what a run computes."""
     return {name: value for name, value in vars(args).items() if name not in UNRELATED}
@@ -523,12 +529,15 @@ def versions():
 
 
 def fit(args, task, model, data, device, folder, resumed=False):
-    """Train from the start or the checkpoint on, write metrics.jsonl and checkpoints; returns (steps done, seconds, signal or 0)."""
+    """Train from the start or the checkpoint on, write metrics.jsonl and checkpoints.
+
+    Returns the steps done, (seconds, those of this process's first step: with --compile, nearly all compiling), signal or 0.
+    """
     optimizer = make_optimizer(args, model, device)
     step, before = restore(args, folder, model, optimizer) if resumed else (0, 0.0)
     running = DistributedDataParallel(model) if dist.is_initialized() else model
-    running = torch.compile(running) if args.compile else running
-    start, saved, stop = time.perf_counter(), step, False
+    running = compiled(running) if args.compile else running
+    start, first, saved, stop = time.perf_counter(), 0.0, step, False
 
     def keep(due=True):
         nonlocal saved
@@ -547,6 +556,7 @@ def fit(args, task, model, data, device, folder, resumed=False):
                 good = f"the checkpoint of step {saved} in {folder} is the last good one" if saved else "no checkpoint was saved before"
                 raise FloatingPointError(f"diverged at {error}; {good}") from None
             step += 1
+            first = first or time.perf_counter() - start
             bar.update()
             if step % args.log_every == 0 or step == args.steps:
                 line = {"step": step, **remarked(args), **{name: float(value) for name, value in logged.items()}}
@@ -556,11 +566,11 @@ def fit(args, task, model, data, device, folder, resumed=False):
                 shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "miou", "bits_per_byte") if name in line}
                 bar.set_postfix(shown | {f"{task.UNIT}/s": f"{rate:.0f}"})
         keep()
-    return step, before + time.perf_counter() - start, (caught or [signal.SIGTERM])[0] if stop else 0
+    return step, (before + time.perf_counter() - start, first), (caught or [signal.SIGTERM])[0] if stop else 0
 
 
-def conclude(args, task, model, data, device, gflops, seconds, folder=None):
-    """Evaluate and probe; write the last lines of metrics.jsonl and the summary; print the table."""
+def conclude(args, task, model, data, device, gflops, spent, folder=None):
+    """Evaluate and probe; write the last lines of metrics.jsonl and the summary; print the table. spent: as fit() returns it."""
     result = {split: evaluate(args, task, model, data, split, device) for split in task.SPLITS}
     with dropless(model) as differs:
         if differs:
@@ -574,7 +584,9 @@ def conclude(args, task, model, data, device, gflops, seconds, folder=None):
         with open(folder / "metrics.jsonl", "a") as file:
             for split, values in result.items():
                 file.write(json.dumps({"step": args.steps, "split": split} | remarked(args) | values) + "\n")
-    summary |= {"seconds": seconds, f"{task.UNIT}_per_second": args.steps * args.batch_size / seconds}
+    (seconds, first), later = spent, args.compile and args.steps > 1  # of compiled steps, the first one is told apart
+    rate = args.batch_size * (args.steps - later) / (seconds - first * later)
+    summary |= {"seconds": seconds, f"{task.UNIT}_per_second": rate} | ({"first_step_seconds": first} if later else {})
     print(table([{"router": title(args), **row([summary], task)}]))
     if found:
         shown = lambda *values: dict(zip(("NMI", "by chance", "95 % of chance"), (f"{value:.3f}" for value in values)))
@@ -594,7 +606,7 @@ def remarked(args):
     return {"remark": args.remark} if args.remark else {}
 
 
-DECIMALS = {"top-1 %": 1, "bits/byte": 3, "dropless": 3, "as generated": 3, "perplexity": 2, "bytes/token": 2, "load max/mean": 2, "GFLOPs": 4,
+DECIMALS = {"top-1 %": 1, "bits/byte": 3, "dropless": 3, "as generated": 3, "perplexity": 2, "bytes/token": 2, "load max/mean": 2, "slots/token": 2, "GFLOPs": 4,
             "vocabulary": 0, "parameters": 0, "active": 0, "seconds": 0, "images/s": 0, "sequences/s": 0}  # others: 1
 CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to speak of
 
@@ -608,8 +620,9 @@ def row(summaries, task, known=False):
     for s in summaries:
         blocks = s[task.SPLITS[-1]]["blocks"].values()
         columns.append({**task.columns(s), "load max/mean": [b["load"] for b in blocks], "dropped %": [100 * b["dropped"] for b in blocks],
+                        "slots/token": [b["slots_per_token"] for b in blocks],
                         "parameters": s["parameters"], "active": s["active_parameters"], "GFLOPs": s["gflops"],
-                        f"{task.UNIT}/s": s[f"{task.UNIT}_per_second"], "seconds": s["seconds"]})
+                        f"{task.UNIT}/s": s[f"{task.UNIT}_per_second"], "first step s": s.get("first_step_seconds"), "seconds": s["seconds"]})
         for label in ("patch kind", "class", "texture", "shape", "position", "token class", "topic") if known else ():
             values = [of[label][0] - of[label][1] for of in s["specialisation"].values() if label in of]
             columns[-1] |= {f"NMI {label}": float(np.mean(values)) if values else None}
@@ -637,7 +650,7 @@ def results(folder):
     for path in sorted(pathlib.Path(folder).glob("*/summary.json")):
         flags, summary = json.loads((path.parent / "config.json").read_text())["flags"], json.loads(path.read_text())
         setting = json.dumps({name: value for name, value in flags.items() if name not in apart})
-        runs.setdefault(setting, []).append((flags, summary))
+        runs.setdefault(setting, []).append((flags, summary, read_lines(path.parent)))
     if not runs:
         raise ValueError(f"--table {folder}: no finished run (a folder with a summary.json) lies there")
     settings = [json.loads(key) for key in runs]
@@ -646,34 +659,36 @@ def results(folder):
     tasks = {setting["task"] for setting in settings}
     if len(tasks) > 1:
         raise ValueError(f"--table {folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
-    task, rows = TASKS[tasks.pop()], []
+    task, rows, trained = TASKS[tasks.pop()], [], {}
     names = [name for name in settings[0] if name not in ("router", "remark")]
     differing = [name for name in names if len({json.dumps(s[name]) for s in settings if s.get(name) is not None}) > 1]
     sign = 1 if task.MORE_IS_BETTER else -1
     for setting, group in zip(settings, runs.values()):
-        scores = [next(iter(task.columns(summary).values())) or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary in group]
+        scores = [next(iter(task.columns(summary).values())) or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary, _ in group]
         named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
         named = {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group))}
-        rows.append((scores, named | row([summary for _, summary in group], task, known=True)))
+        rows.append((scores, named | row([summary for _, summary, _ in group], task, known=True)))
+        losses = [[(line["step"], line["loss"]) for line in lines] for *_, lines in group]
+        trained[" ".join(text for name, text in named.items() if text != "-" and name != "seeds")] = [
+            (at[0][0], np.mean([loss for _, loss in at])) for at in zip(*losses)]  # the mean over seeds
     rows.sort(key=lambda r: -sign * np.mean(r[0]))
     best = rows[0][0]
     for scores, texts in rows:
         gap, spread = np.mean(scores) - np.mean(best), math.hypot(deviation(scores), deviation(best))
         texts["to the best"] = "best" if scores is best else "tie" if abs(gap) <= spread else f"{gap:+.3f}"  # inside the spread is a tie
-    empty = {name for name in rows[0][1] if all(texts[name] == "-" for _, texts in rows)}
-    shown = table([{name: texts[name] for name in texts if name not in empty} for _, texts in rows])
+    same = (f"{flag(name)} {settings[0][name]}" for name in ("task", "size", "steps", "batch_size", "lr") if name not in differing)
+    shown = table([texts for _, texts in rows]) + f"\n\nIn every row: {' '.join(same)}"
     (pathlib.Path(folder) / "results.md").write_text(shown + "\n")
-    lines = [json.dumps({"flags": flags, "summary": summary}) for group in runs.values() for flags, summary in group]
+    lines = [json.dumps({"flags": flags, "summary": summary}) for group in runs.values() for flags, summary, _ in group]
     (pathlib.Path(folder) / "results.jsonl").write_text("\n".join(lines) + "\n")
     print(shown)
-    losses = {path.parent.name: [(line["step"], line["loss"]) for line in read_lines(path.parent)] for path in sorted(pathlib.Path(folder).glob("*/summary.json"))}
-    parts = curves(60, 40, "training loss", losses, 700, 420) + legend(790, 50, losses)
-    (pathlib.Path(folder) / "curves.svg").write_text(svg(1300, max(500, 60 + 18 * len(losses)), parts))
+    parts = curves(60, 40, "training loss, mean over seeds", trained, 700, 420) + legend(790, 50, trained)
+    (pathlib.Path(folder) / "curves.svg").write_text(svg(840 + 7 * max(map(len, trained)), max(500, 60 + 18 * len(trained)), parts))
 
 
 def table(rows):
-    """Rows of {column: text} as Markdown, columns aligned."""
-    names = list(rows[0])
+    """Rows of {column: text} as Markdown, columns aligned; without those in which nothing stands."""
+    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     lines = [names, ["-" * width[name] for name in names]] + [[row[name] for name in names] for row in rows]
     return "\n".join("| " + " | ".join(text.ljust(width[name]) for text, name in zip(line, names)) + " |" for line in lines)
@@ -849,18 +864,19 @@ def read_checkpoint(folder):
 
 
 def load_run(folder, device):
-    """args, task, data, model, device, GFLOPs and seconds of a finished run. Raises ValueError for a folder that is none."""
+    """args, task, data, model, device, GFLOPs and time spent of a finished run. Raises ValueError for a folder that is none."""
     folder = pathlib.Path(folder)
     saved, checkpoint = argparse.Namespace(**read_flags(folder) | {"device": device, "run": folder}), read_checkpoint(folder)
     try:
-        seconds = json.loads((folder / "summary.json").read_text())["seconds"]
+        summary = json.loads((folder / "summary.json").read_text())
+        spent = summary["seconds"], summary.get("first_step_seconds", 0.0)
         device, task, data, model, gflops = build(saved)
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no finished run: {pathlib.Path(error.filename).name} is missing") from None
     except Exception as error:  # flags and weights that do not fit together fail in many ways
         raise ValueError(f"{folder} cannot be read as a run: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    return saved, task, data, model, device, gflops, seconds
+    return saved, task, data, model, device, gflops, spent
 
 
 def sample(args):
@@ -902,8 +918,8 @@ def command(argv):
         if args.bench:
             bench(args, settings)
         elif args.eval:
-            args, task, data, model, device, gflops, seconds = load_run(args.eval, args.device)
-            conclude(args, task, model, data, device, gflops, seconds)
+            args, task, data, model, device, gflops, spent = load_run(args.eval, args.device)
+            conclude(args, task, model, data, device, gflops, spent)
         elif args.sample:
             print(sample(args))
         elif args.table:
@@ -930,7 +946,7 @@ def run(args, folder=None):
     save(folder, "config.json", {"flags": flags, "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1]} | versions())
     print(f"{args.task}, router {title(args)}, {data.about}; {device.type}, torch {torch.__version__}, seed {args.seed} -> {folder}")
     try:
-        done, seconds, caught = fit(args, task, model, data, device, folder, resumed)
+        done, spent, caught = fit(args, task, model, data, device, folder, resumed)
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
@@ -938,7 +954,7 @@ def run(args, folder=None):
         print(f"interrupted after {done} of {args.steps} steps; --resume {folder} goes on from there")
         return 128 + caught
     if processes()[0] == 0:
-        save(folder, "summary.json", conclude(args, task, model, data, device, gflops, seconds, folder))
+        save(folder, "summary.json", conclude(args, task, model, data, device, gflops, spent, folder))
     return 0
 
 
@@ -965,7 +981,7 @@ def bench(args, given):
             routing = moe(x)[1]  # also makes Soft MoE's slots
             G, E, C, D = routing.dispatch(x).shape
         filled = int((routing.index < routing.tokens).sum()) if getattr(routing, "ragged", False) else G * E * C
-        layer, form = torch.compile(moe) if args.compile else moe, lambda r: Routing(*r.tensors(), r.load)
+        layer, form = compiled(moe) if args.compile else moe, lambda r: Routing(*r.tensors(), r.load)
         calls = {"layer": (lambda z: layer(z)[0], x), "dense": (ffn, x.new_empty(filled, D).normal_()),
                  "bare experts": (moe.experts, x.new_empty(E, G, C, D).normal_().transpose(0, 1)),  # in memory as dispatch lays them
                  "tensor form": (lambda z: form(moe.router(z)).run(z, moe.experts), x)}
@@ -1042,7 +1058,7 @@ def grid(settings):
     """Every combination of the values given, a run folder each under --out; finished ones are kept. Ends with the table."""
     every = settings.get("--router") == ["all"]
     if every:
-        settings["--router"] = ["dense", *ROUTERS]
+        settings |= {"--router": ["dense", *ROUTERS], "--dense-match": settings.get("--dense-match", ["active", "total"])}
     cells = {}
     for values in itertools.product(*(v or [None] for v in settings.values())):
         setting = dict(zip(settings, values))
