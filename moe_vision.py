@@ -28,7 +28,7 @@ UNIT, SPLITS = "images", ("validation", "test")  # what examples/s counts; the p
 EXAMINED = "test"  # the part on which it is asked what experts specialise in
 MORE_IS_BETTER = True  # of the number in the first of columns()
 SIZES = {  # model and budget; every entry has a flag of its own
-    "tiny": dict(dim=64, depth=4, heads=4, hidden=256, patch=4, experts=8, steps=500, batch_size=128, lr=3e-3),
+    "tiny": dict(dim=64, depth=4, heads=4, hidden=256, patch=4, experts=8, steps=500, batch_size=128, lr=1e-2),
     "small": dict(dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32, steps=10_000, batch_size=512, lr=1e-3),
     "base": dict(dim=768, depth=12, heads=12, hidden=3072, patch=4, experts=32, steps=10_000, batch_size=512, lr=8e-4),
 }
