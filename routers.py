@@ -446,7 +446,7 @@ class Soft(LazyModuleMixin, Router):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             unit = lambda z, dim: z * (z.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
-            logits = self.scale * torch.einsum("gtd,dec->gtec", unit(x, -1), unit(self.phi, 0))
+            logits = torch.einsum("gtd,dec->gtec", unit(x, -1), self.scale * unit(self.phi, 0))
             dispatch = logits.softmax(1)  # over tokens: a slot's weights sum to 1
             combine = logits.flatten(2).softmax(-1).view_as(logits)  # over all slots: a token's weights sum to 1
         return Routing(dispatch, combine, combine.detach().sum(-1).mean((0, 1)), logits=logits)
