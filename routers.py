@@ -96,7 +96,7 @@ class HardRouting(Routing):
         rows, gate = self._rows[filled], self.gate.transpose(0, 1).reshape(-1, 1)[filled]
         counts = (self.index < self.tokens).sum((0, 2)).tolist()
         y = experts.ragged(x.flatten(0, 1).index_select(0, rows), counts)  # [N, D]
-        return y.new_zeros(x.shape).flatten(0, 1).index_add(0, rows, y * gate.to(y.dtype)).view_as(x)
+        return y.new_zeros(x.shape).flatten(0, 1).index_add_(0, rows, y * gate.to(y.dtype)).view_as(x)
 
     def _scatter(self, values):
         G, E, _ = self.index.shape

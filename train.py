@@ -1023,7 +1023,8 @@ def timed(args, device, call, x):
     x, seen, synchronize = x.detach().requires_grad_(), {}, torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def pack(tensor):
-        if not tensor.is_leaf or not tensor.requires_grad:
+        base = tensor if tensor._base is None else tensor._base
+        if not base.is_leaf or not base.requires_grad:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
