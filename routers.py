@@ -41,11 +41,12 @@ class Routing:
 
     def dispatch(self, x):
         """Slots [G, E, C, D] that the experts read, from tokens x [G, T, D]."""
-        return torch.einsum("gtec,gtd->gecd", self.tensors()[0].to(x.dtype), x)
+        dispatch = self.tensors()[0].to(x.dtype)
+        return torch.einsum("gts,gtd->gsd", dispatch.flatten(2), x).unflatten(1, dispatch.shape[2:])  # s: all slots (e, c)
 
     def combine(self, y):
         """Tokens [G, T, D], from what the experts wrote, y [G, E, C, D]."""
-        return torch.einsum("gtec,gecd->gtd", self.tensors()[1].to(y.dtype), y)
+        return torch.einsum("gts,gsd->gtd", self.tensors()[1].to(y.dtype).flatten(2), y.flatten(1, 2))
 
     def run(self, x, experts):
         """The two equations: dispatch, let the experts work, combine; x [G, T, D] -> y [G, T, D]."""
