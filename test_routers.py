@@ -991,6 +991,16 @@ def test_a_dropless_layer_computes_no_empty_slots_however_unbalanced():
     assert counter.get_total_flops() == 2 * 64 * (8 * 4 + 2 * 8 * 16)  # the gate, and one expert a token
 
 
+def test_a_compiled_run_tells_its_first_step_apart_from_the_others(tmp_path, monkeypatch):
+    compiled, whole = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda module, fullgraph: whole.append(fullgraph) or compiled(module, fullgraph=fullgraph, backend="eager"))
+    assert run(*SMALL, "--compile", "--router", "expert_choice", "--out", tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    left, flags = summary["seconds"] - summary["first_step_seconds"], train.read_flags(tmp_path / "run")
+    assert whole == [True] and 0 < left < summary["first_step_seconds"]
+    assert summary["images_per_second"] == pytest.approx(flags["batch_size"] * (flags["steps"] - 1) / left)
+
+
 def test_a_bench_times_a_layer_against_its_bounds(capsys, tmp_path):
     assert run("--bench", "--router", "token_choice", "--dim", 8, "--hidden", 16, "--tokens", 512, "--repeats", 1, "--out", tmp_path / "b.json") == 0
     assert "| token_choice |" in capsys.readouterr().out
