@@ -155,7 +155,10 @@ def make_parser(task, size, router):
     cost.add_argument("--repeats", type=KINDS.whole, default=9, help="rounds that are timed")
     options = parser.add_argument_group("router options, for the routers named")
     for name, default in OPTIONS.items():
-        option_flag(options, name, default)
+        try:
+            option_flag(options, name, default)
+        except argparse.ArgumentError:
+            parser.error(f"router option {name} has the name of another flag; call it otherwise")
     losses = parser.add_argument_group("router losses")
     losses.add_argument("--balance", choices=BALANCE, help="importance and load; Switch's; or a selection bias")
     losses.add_argument("--balance-weight", type=KINDS.at_least_0, help="weight of the balance losses (default: vmoe 0.005 each, switch 0.01)")
