@@ -116,7 +116,8 @@ def make_parser(task, size, router):
     module = TASKS[task]
     defaults = DEFAULTS | module.SIZES[size] | module.ROUTER_DEFAULTS.get(router, {})
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    epilog=f"Defaults shown are those of --task {task} --size {size} --router {router}.")
+                    epilog=f"Defaults shown are those of --task {task} --size {size} --router {router}. A flag with several values, "
+                    "or --router all, makes a grid of runs and one table.")
     run = parser.add_argument_group("run")
     run.add_argument("--task", choices=TASKS, default="vision", help="what to learn")
     run.add_argument("--router", default="expert_choice", help="dense, or one of " + ", ".join(ROUTERS))
