@@ -1363,6 +1363,10 @@ def test_a_grid_with_an_invalid_cell_does_not_start_but_all_leaves_it_out(shelf,
     said = capsys.readouterr().out
     assert "left out: expert_choice: --router expert_choice is not causal" in said
     assert {path.name.split("-")[0] for path in (tmp_path / "y").iterdir() if path.is_dir()} == {"dense", "token_choice", "hash", "expert_threshold"}
+    assert len(list((tmp_path / "y").glob("dense-dense-match_*"))) == 2  # at equal active and at equal total parameters
+    heads, *dense = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "y" / "results.md").read_text().splitlines()
+                     if line.startswith(("| router", "| dense"))]
+    assert all(row[heads.index("capacity_factor")] == "-" for row in dense) and len(dense) == 2
     assert "no finished run" in refused(capsys, "--table", tmp_path)
 
 

@@ -899,7 +899,7 @@ def sample(args):
 
 
 def keep_memory():
-    """Let glibc keep what tensors free: to give it back and fetch it again, page by page, takes a fifth of a step on a CPU."""
+    """Let glibc keep what tensors free: to give it back and fetch it again, page by page, takes up to a fifth of a step on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         for threshold, size in (-3, 2**26), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(threshold, size)
