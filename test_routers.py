@@ -1011,7 +1011,7 @@ def test_a_bench_times_a_layer_against_its_bounds(capsys, tmp_path):
     assert run("--bench", "--router", "token_choice", "--dim", 8, "--hidden", 16, "--tokens", 512, "--repeats", 1, "--out", tmp_path / "b.json") == 0
     assert "| token_choice |" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "b.json").read_text())
-    assert set(row["ms"]) == {"layer", "dense", "bare experts", "tensor form"} and all(ms > 0 for ms in row["ms"].values())
+    assert set(row["ms"]) == {"layer", "dense", "bare experts", "tensor form", "matmul"} and all(ms > 0 for ms in row["ms"].values())
 
 
 def test_no_decay_on_norms_biases_positions_and_routers():

@@ -975,16 +975,16 @@ def run(args, folder=None):
 def bench(args, given):
     """Forward and backward of one MoE layer for every router (or --router), against what it could cost at least.
 
-    In the same rounds: a dense FFN of the experts' FLOPs, the batched experts alone on as many slots, and the tensor
-    (einsum) form. Times are medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
+    In the same rounds: a dense FFN of the experts' FLOPs, the batched experts alone on as many slots, the tensor
+    (einsum) form, and a plain matrix product. Times are medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
     """
     if args.router not in (*ROUTERS, "all"):
         raise ValueError(f"--bench times routers: {', '.join(ROUTERS)}; got {args.router!r}")
     if args.tokens % args.group_size:
         raise ValueError(f"--group-size must divide --tokens {args.tokens}, got {args.group_size}")
     device, rows, result = pick_device(args.device), [], []
-    square = torch.randn(2048, 2048, device=device)
-    peak = 3 * 2 * 2048**3 / min(timed(args, device, lambda z: z @ z, square)[0] for _ in range(5))  # FLOP/s
+    side, peak = 8192 if device.type == "cuda" else 1024, 0.0  # FLOP/s of a plain square product, the best of all rounds
+    square = torch.randn(side, side, device=device)
     for name in [args.router] if "--router" in given and args.router != "all" else ROUTERS:
         options = {option: value for option, value in router_options(args, name).items() if flag(option) in given}
         moe = MoE(build_router(name, args.dim, args.experts, **options), args.hidden).to(device)
@@ -997,7 +997,7 @@ def bench(args, given):
         layer, form = compiled(moe) if args.compile else moe, lambda r: Routing(*r.tensors(), r.load)
         calls = {"layer": (lambda z: layer(z)[0], x), "dense": (ffn, x.new_empty(filled, D).normal_()),
                  "bare experts": (moe.experts, x.new_empty(E, G, C, D).normal_().transpose(0, 1)),  # in memory as dispatch lays them
-                 "tensor form": (lambda z: form(moe.router(z)).run(z, moe.experts), x)}
+                 "tensor form": (lambda z: form(moe.router(z)).run(z, moe.experts), x), "matmul": (lambda z: z @ z, square)}
         if name == "soft" or G * E * C * args.group_size >= 2**27:
             del calls["tensor form"]  # it is the only form, or would take gigabytes
         first, times = timed(args, device, *calls["layer"])[0], {what: [] for what in calls}
@@ -1008,6 +1008,7 @@ def bench(args, given):
         seconds = {what: np.array([taken for taken, _ in of[2:]]) for what, of in times.items()}
         ms = {what: 1e3 * float(np.median(of)) for what, of in seconds.items()}
         kept = {what: times[what][-1][1] / 2**20 for what in ("layer", "dense")}
+        peak = max(peak, 3 * 2 * side**3 / seconds["matmul"].min())
         share = 3 * 4 * filled * D * args.hidden / (ms["layer"] / 1e3) / peak
         ratios = {"/ " + what: f"{np.median(seconds['layer'] / seconds[what]):.2f}" if what in ms else "-"
                   for what in ("dense", "bare experts", "tensor form")}
