@@ -261,7 +261,7 @@ class Router(nn.Module):
                 need(value in CHOICES[name], f"{name} must be one of {', '.join(CHOICES[name])}", name)
             if name in WHOLE and (name, value) != ("slots", None):
                 need(type(value) is int and value >= 1, f"{name} must be a whole number >= 1", name)
-            if name in ("noise_std", "bias_rate"):
+            if name in ("noise_std", "bias_rate", "scale"):
                 need(type(value) in (int, float) and 0 <= value < math.inf, f"{name} must be a number >= 0", name)
         E, K, cf = (values[name] for name in ("num_experts", "top_k", "capacity_factor"))
         held = type(cf) in (int, float) and 0 < cf < math.inf
@@ -423,16 +423,17 @@ def cross(scores, choice):
 class Soft(LazyModuleMixin, Router):
     """Every slot is a convex mix of all tokens, every token of all slots (Soft MoE 2308.00951, section 2). Never causal.
 
-    phi [D, E, C] is a direction per slot, scale their temperature. C = slots, or else round(T*K*cf/E), at least 1, for
-    the T of the first call.
+    phi [D, E, C] is a direction per slot; scale, learned, sharpens all mixes. It starts at 1 as published, where they are
+    all but uniform: a short training does well to start it at 10. C = slots, or else round(T*K*cf/E), at least 1, for the T
+    of the first call.
     """
 
     chooses, offers = "soft", ()
-    defaults = dict(top_k=1, capacity_factor=1.0, slots=None)
+    defaults = dict(top_k=1, capacity_factor=1.0, slots=None, scale=1.0)
 
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
-        self.phi, self.scale = nn.UninitializedParameter(), nn.Parameter(torch.ones(()))
+        self.phi, self.scale = nn.UninitializedParameter(), nn.Parameter(torch.tensor(float(self.options.scale)))
         if self.options.slots:
             self.initialize_parameters()
 

@@ -148,13 +148,12 @@ def test_a_router_fills_the_tensors_as_worked_out_by_hand(name, options, numbers
 
 
 def test_soft_fills_the_tensors_as_worked_out_by_hand():
-    router = build_router("soft", 3, 3, slots=2).double()
+    router = build_router("soft", 3, 3, slots=2, scale=math.log(2) * (1 + 1e-6)).double()  # undoes the 1e-6 under both roots
     axes = F.one_hot(torch.tensor([[0, 1], [2, 0], [1, 2]])).permute(2, 0, 1).double()  # [D, E, C]: each axis has two slots
-    scale = torch.tensor(math.log(2) * (1 + 1e-6), dtype=torch.float64)  # undoes the 1e-6 under both roots
-    router.load_state_dict({"phi": axes, "scale": scale})
+    router.load_state_dict({"phi": axes, "scale": router.scale})
     dispatch, combine = router(torch.eye(3, dtype=torch.float64)[None]).tensors()
     # exp(logits) is 2 where token and slot point the same way, else 1. A slot: 2 / (2+1+1). A token: 2 / (2+2+1+1+1+1).
-    same((dispatch[0], combine[0]), ((1 + axes) / 4, (1 + axes) / 8))
+    same((dispatch[0], combine[0]), ((1 + axes) / 4, (1 + axes) / 8), 1e-7)  # the scale was a float32
 
 
 # ---------------------------------------------------------------- every router again, as slow loops
@@ -604,6 +603,7 @@ WRONG = [  # routers, options beside dim=4 and num_experts=3, what the message s
     (["token_choice"], dict(priority="last"), "priority must be one of token, choice, gate, got priority='last'"),
     (["sinkhorn_token_choice"], dict(combine="both"), "combine must be one of softmax, plan, got combine='both'"),
     (["token_choice"], dict(renormalize=True), "renormalize needs top_k >= 2 (the only gate would always be 1), got top_k=1"),
+    (["soft"], dict(scale=-1), "scale must be a number >= 0, got scale=-1"),
     (["token_choice"], dict(bias_rate=-1), "bias_rate must be a number >= 0, got bias_rate=-1"),
     (WEIGHED, dict(weights="fixed"), "weights must be one of learned, frozen, random, self, got weights='fixed'"),
     (WEIGHED, dict(gate="cubic"), "gate must be one of linear, mlp, got gate='cubic'"),

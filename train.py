@@ -653,7 +653,7 @@ def results(folder):
     """All finished runs below a folder in one table: printed, and written to results.md and results.jsonl there."""
     runs, apart = {}, UNRELATED | {"seed"}
     for path in sorted(pathlib.Path(folder).glob("*/summary.json")):
-        flags, summary = json.loads((path.parent / "config.json").read_text())["flags"], json.loads(path.read_text())
+        flags, summary = read_flags(path.parent), json.loads(path.read_text())
         setting = json.dumps({name: value for name, value in flags.items() if name not in apart})
         runs.setdefault(setting, []).append((flags, summary, read_lines(path.parent)))
     if not runs:
