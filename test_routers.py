@@ -1348,7 +1348,7 @@ def test_a_grid_drops_what_a_router_ignores_merges_equal_runs_and_keeps_finished
     runs = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     scores = [line["summary"]["test"]["top1"] for line in runs if line["flags"]["router"] == "soft"]
     soft = dict(zip(rows[0], next(row for row in rows if row[0] == "soft")))
-    assert soft["top-1 %"] == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" and soft["seeds"] == "2"
+    assert soft["priority"] == "-" and soft["top-1 %"] == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" and soft["seeds"] == "2"
     touched = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.pt")}
     (next(tmp_path.glob("soft-seed_1-*")) / "summary.json").unlink()
     assert run(*grid) == 0
@@ -1367,7 +1367,8 @@ def test_a_grid_with_an_invalid_cell_does_not_start_but_all_leaves_it_out(shelf,
     assert len(list((tmp_path / "y").glob("dense-dense-match_*"))) == 2  # at equal active and at equal total parameters
     heads, *dense = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "y" / "results.md").read_text().splitlines()
                      if line.startswith(("| router", "| dense"))]
-    assert all(row[heads.index("capacity_factor")] == "-" for row in dense) and len(dense) == 2
+    assert {row[heads.index("dense_match")] for row in dense} == {"active", "total"} and len(dense) == 2
+    assert not {"capacity_factor", "balance", "priority"} & set(heads)  # these rows differ by their routers' defaults alone
     assert "no finished run" in refused(capsys, "--table", tmp_path)
 
 

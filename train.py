@@ -666,7 +666,9 @@ def results(folder):
         raise ValueError(f"--table {folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
     task, rows, trained = TASKS[tasks.pop()], [], {}
     names = [name for name in settings[0] if name not in ("router", "remark")]
-    differing = [name for name in names if len({json.dumps(s[name]) for s in settings if s.get(name) is not None}) > 1]
+    usual = [vars(make_parser(s["task"], s["size"], s["router"]).parse_args([])) for s in settings]  # not worth a column
+    differing = [name for name in names if len({json.dumps(s[name]) for s in settings if s.get(name) is not None}) > 1
+                 and any(s[name] not in (None, of[name]) for s, of in zip(settings, usual))]
     sign = 1 if task.MORE_IS_BETTER else -1
     for setting, group in zip(settings, runs.values()):
         scores = [next(iter(task.columns(summary).values())) or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary, _ in group]
