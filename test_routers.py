@@ -1349,6 +1349,7 @@ def test_a_grid_drops_what_a_router_ignores_merges_equal_runs_and_keeps_finished
     scores = [line["summary"]["test"]["top1"] for line in runs if line["flags"]["router"] == "soft"]
     soft = dict(zip(rows[0], next(row for row in rows if row[0] == "soft")))
     assert soft["priority"] == "-" and soft["top-1 %"] == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" and soft["seeds"] == "2"
+    assert {(row[rows[0].index("priority")], row[rows[0].index("routing")]) for row in rows[2:]} == {("-", "-"), ("-", "leaky"), ("gate", "leaky"), ("choice", "causal")}
     touched = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.pt")}
     (next(tmp_path.glob("soft-seed_1-*")) / "summary.json").unlink()
     assert run(*grid) == 0

@@ -674,7 +674,7 @@ def results(folder):
         scores = [next(iter(task.columns(summary).values())) or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary, _ in group]
         named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
         named = {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group))}
-        rows.append((scores, named | row([summary for _, summary, _ in group], task, known=True)))
+        rows.append((scores, named | {"routing": routes(setting)} | row([summary for _, summary, _ in group], task, known=True)))
         losses = [[(line["step"], line["loss"]) for line in lines] for *_, lines in group]
         trained[" ".join(text for name, text in named.items() if text != "-" and name != "seeds")] = [
             (at[0][0], np.mean([loss for _, loss in at])) for at in zip(*losses)]  # the mean over seeds
@@ -691,6 +691,14 @@ def results(folder):
     print(shown)
     parts = curves(60, 40, "training loss, mean over seeds", trained, 700, 420) + legend(790, 50, trained)
     (pathlib.Path(folder) / "curves.svg").write_text(svg(840 + 7 * max(map(len, trained)), max(500, 60 + 18 * len(trained)), parts))
+
+
+def routes(setting):
+    """Whether the routing of these flags can be trusted with text: "causal" or "leaky", "-" without a router."""
+    if setting["router"] not in ROUTERS:
+        return "-"
+    causal = setting["remark"] != "leaky" and make_router(argparse.Namespace(**setting)).causal
+    return "causal" if causal else "leaky"
 
 
 def table(rows):
