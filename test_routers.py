@@ -1361,6 +1361,9 @@ def test_a_grid_drops_what_a_router_ignores_merges_equal_runs_and_keeps_finished
 def test_a_grid_with_an_invalid_cell_does_not_start_but_all_leaves_it_out(shelf, tmp_path, capsys):
     refused(capsys, *SMALL, "--experts", 2, 4, "--router", "token_choice", "--top-k", 3, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+    for action in "--eval", "--table", "--resume", "--sample":
+        refused(capsys, *SMALL, action, tmp_path / "x", "--router", "all", "--out", tmp_path / "z")
+    assert not (tmp_path / "z").exists()
     assert run(*WORDS, "--data", shelf, "--router", "all", "--steps", 1, "--out", tmp_path / "y") == 0
     said = capsys.readouterr().out
     assert "left out: expert_choice: --router expert_choice is not causal" in said

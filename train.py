@@ -934,7 +934,8 @@ def main(argv=None):
 
 def command(argv):
     settings = split_flags(argv)
-    if "--bench" not in settings and (any(len(values) > 1 for values in settings.values()) or settings.get("--router") == ["all"]):
+    several = any(len(values) > 1 for values in settings.values()) or "all" in settings.get("--router", ())
+    if several and not settings.keys() & {"--bench", "--eval", "--sample", "--table", "--resume"}:
         return grid(settings)
     parser, args = parse(argv)
     try:
@@ -1081,7 +1082,7 @@ def ignored(setting):
 
 def grid(settings):
     """Every combination of the values given, a run folder each under --out; finished ones are kept. Ends with the table."""
-    every = settings.get("--router") == ["all"]
+    every = "all" in settings.get("--router", ())
     if every:
         settings |= {"--router": ["dense", *ROUTERS], "--dense-match": settings.get("--dense-match", ["active", "total"])}
     cells = {}
