@@ -167,8 +167,9 @@ def ignored(setting):
     """Flags of this file without meaning beside the others of {flag: value}: a grid drops them."""
     if setting.get("--router") == "dense":
         return {"--unit", "--scope", "--pool", "--prefix", "--hash-key", "--allow-leak"}
-    pool = set() if setting.get("--unit") == "sequence" else {"--pool", "--prefix"}
-    return pool if setting.get("--router") == "hash" else pool | {"--hash-key"}
+    if setting.get("--router") == "hash":
+        return {"--pool", "--prefix"}
+    return {"--hash-key"} if setting.get("--unit") == "sequence" else {"--hash-key", "--pool", "--prefix"}
 
 
 def loss(model, batch):

@@ -54,7 +54,10 @@ class Block(nn.Module):
         z = self.norm2(x)
         if not isinstance(self.feed, MoE):
             return x + self.feed(z), None
-        y, routing = self.feed(z.reshape(1, B * T, D) if self.together else z)
+        if not self.together:
+            y, routing = self.feed(z)
+        else:  # hash goes by the place in its image
+            y, routing = self.feed(z.reshape(1, B * T, D), torch.arange(T, device=x.device).repeat(B)[None])
         return x + y.view_as(x), routing
 
 
@@ -171,9 +174,10 @@ class Drawn:
         """A batch of `count` images of these pairs; all parameters are drawn, but only `part` of them rendered."""
         g = seeded(self.seed, *purpose)
         label = torch.randint(len(pairs), (count,), generator=g)
-        number = torch.rand(count, 12, generator=g)  # one uniform number per parameter of an image
-        noise = torch.randn(count, 1, 32, 32, generator=g)
-        return self.render(*(z[part].to(self.device) for z in (torch.tensor(pairs)[label], label, number, noise)))
+        number = torch.rand(count, 12, generator=g, dtype=torch.float32)  # one uniform number per parameter of an image
+        noise = torch.randn(count, 1, 32, 32, generator=g, dtype=torch.float32)  # drawn alike for every --dtype
+        default = torch.get_default_dtype()
+        return self.render(*(z[part].to(self.device) for z in (torch.tensor(pairs)[label], label, number.to(default), noise.to(default))))
 
     def render(self, pair, label, number, noise):
         spread = lambda i, low, high: (low + (high - low) * number[:, i])[:, None, None]  # [B, 1, 1]
@@ -258,7 +262,7 @@ def read_cifar(files):
     images, labels, classes = [], [], None
     for file in files:
         raw = np.frombuffer(pathlib.Path(file).read_bytes(), np.uint8)
-        fine = 0 if file.name.endswith(("_batch.bin",)) or file.name.startswith("data_batch") else 1
+        fine = int(file.name in ("train.bin", "test.bin"))  # CIFAR-100: a coarse label stands before the fine one
         record, classes = 3073 + fine, 100 if fine else 10
         if not len(raw) or len(raw) % record:
             raise ValueError(f"{file} holds {len(raw)} bytes, not a whole number of records of {record} bytes")
@@ -317,6 +321,8 @@ class Stored:
             *train, count = read_cifar(files)
             *test, _ = read_cifar(held)
         known = count - round(count * 0.2) if args.few_shot else count
+        if args.few_shot and count - known < 2:
+            raise ValueError(f"--few-shot holds out a fifth of the classes, at least 2; {path} has {count} classes")
         self.seed, self.batch_size, self.patch, self.device = args.seed, args.batch_size, args.patch, device
         self.classes, self.few_shot_classes = range(known), range(known, count)
         order = torch.randperm(len(train[0]), generator=seeded("validation split"))
@@ -326,6 +332,8 @@ class Stored:
         keep, every = lambda x, y: (x[y < known], y[y < known]), torch.cat([labels, test[1]])
         self.parts = {"train": keep(images[tenth:], labels[tenth:]), "validation": keep(images[:tenth], labels[:tenth]), "test": keep(*test)}
         self.pool = torch.cat([images, test[0]])[every >= known], every[every >= known] - known
+        if args.few_shot and self.pool[1].bincount(minlength=count - known).min() <= 10:
+            raise ValueError(f"--few-shot needs more than 10 images of each held-out class; {path} has fewer")
         for name, (_, y) in self.parts.items():
             if not len(y):
                 raise ValueError(f"{path}: the {name} part is empty")
@@ -436,18 +444,19 @@ def show(model, data, joints, folder=None, count=8, side=128):
     routings, n = model(images)[1], data.image_size // data.patch
     E = len(next(iter(routings.values())).load)
     palette = [[round(255 * part) for part in colorsys.hls_to_rgb(e / E, 0.45 + 0.25 * (e % 2), 0.8)] for e in range(E)] + [[200] * 3]
-    tiles = [np.kron(data.pixels(images), np.ones((1, side // data.image_size, side // data.image_size, 1), np.uint8))]
+    fit = lambda tile: tile[:, np.arange(side) * tile.shape[1] // side][:, :, np.arange(side) * tile.shape[2] // side]
+    tiles = [fit(data.pixels(images))]
     for routing in routings.values():
         mass = routing.mass().reshape(len(images), n, n, E).cpu()
         expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E)  # E: no expert took the patch
-        tiles.append(np.kron(np.array(palette, np.uint8)[expert.numpy()], np.ones((1, side // n, side // n, 1), np.uint8)))
-    sheet = [np.pad(tile, ((0, 0), (4, 4), (4, 4), (0, 0)), constant_values=255)[:, : side + 8, : side + 8] for tile in tiles]
+        tiles.append(fit(np.array(palette, np.uint8)[expert.numpy()]))
+    sheet = [np.pad(tile, ((0, 0), (4, 4), (4, 4), (0, 0)), constant_values=255) for tile in tiles]
     width, height = len(sheet) * sheet[0].shape[2], count * sheet[0].shape[1]
     mosaic = base64.b64encode(png(np.concatenate([np.concatenate(list(part)) for part in sheet], 1))).decode()
-    text = lambda x, y, words: f'<text x="{x}" y="{y}">{words}</text>'
-    heads = [text(4 + i * sheet[0].shape[2], 20, words) for i, words in enumerate(["image", *(f"block {block}" for block in routings)])]
+    write = lambda x, y, words: f'<text x="{x}" y="{y}">{words}</text>'
+    heads = [write(4 + i * sheet[0].shape[2], 20, words) for i, words in enumerate(["image", *(f"block {block}" for block in routings)])]
     legend = [f'<rect x="{width + 12}" y="{34 + 22 * e}" width="16" height="16" fill="rgb{tuple(colour)}"/>' +
-              text(width + 34, 47 + 22 * e, f"expert {e}" if e < E else "no expert") for e, colour in enumerate(palette)]
+              write(width + 34, 47 + 22 * e, f"expert {e}" if e < E else "no expert") for e, colour in enumerate(palette)]
     (folder / "patches.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 120}" height="{max(height, 22 * E + 40) + 34}" font-family="sans-serif" font-size="14">'
         f'<rect width="100%" height="100%" fill="white"/>{"".join(heads + legend)}'
@@ -468,6 +477,8 @@ def settle(args, router):
     """Hold flags to each other; an image may be routed in any way, so that no remark (the returned string) is due."""
     if args.head == "patch" and args.data:
         raise ValueError("--head patch is for drawn images, whose patches are known; --data has none")
+    if args.few_shot and not args.data:
+        raise ValueError("--few-shot is for stored images; of those drawn on the fly, 6 classes are always held out")
     if args.group == "batch" and (args.router in ("dense", "soft") or torch.distributed.is_initialized()):
         raise ValueError("--group batch is for hard routers in one process: Soft MoE's slots are made for one image")
     return ""

@@ -270,6 +270,7 @@ class Router(nn.Module):
         need(K <= E, f"top_k must be at most num_experts={E}", "top_k")
         need(not values.get("renormalize") or K > 1, "renormalize needs top_k >= 2 (the only gate would always be 1)", "top_k")
         need(values.get("weights") != "self" or E <= self.dim, f"weights='self' needs num_experts <= dim={self.dim}", "num_experts")
+        need(values.get("weights") != "self" or values["gate"] == "linear", "weights='self' has no gate to choose", "gate")
 
     def redraw(self, gate, generator=None):
         """Fresh normal weights of standard deviation dim^-1/2: unit-variance logits for unit-variance tokens."""
@@ -417,7 +418,8 @@ class Sparse(Sinkhorn):
 def cross(scores, choice):
     """The router that chooses as one class does, by the scores that another makes."""
     defaults = {name: value for name, value in (choice.defaults | scores.extra).items() if name not in scores.lacks}
-    return type(scores.__name__ + choice.__name__, (scores, choice), {"defaults": defaults, "__doc__": scores.__doc__})
+    offers = tuple(loss for loss in choice.offers if loss != "load" or "noise_std" in defaults)  # a load loss needs noise
+    return type(scores.__name__ + choice.__name__, (scores, choice), {"defaults": defaults, "offers": offers, "__doc__": scores.__doc__})
 
 
 class Soft(LazyModuleMixin, Router):

@@ -742,7 +742,7 @@ def refused(capsys, *flags):
 
 def built(*flags, small=SMALL):
     """The small run of these flags, not yet trained: args, device, task, data, model, GFLOPs."""
-    _, args = train.parse([*small, *flags])
+    args = train.parse([*small, *flags])
     train.check(args)
     return args, *train.build(args)
 
@@ -803,6 +803,8 @@ def test_one_seed_gives_the_same_run_bit_for_bit_eval_repeats_it_and_another_see
     ("--bench --router dense", "--bench times routers: token_choice"), ("--bench --tokens 100", "--group-size must divide --tokens 100, got 256"),
     ("--lr 0", "must be a positive number, got 0"), ("--size huge", "argument --size: invalid choice: 'huge'"),
     ("--lr inf", "must be a positive number, got inf"), ("--warmup 1", "must be a share from 0 up to 1"),
+    ("--few-shot", "--few-shot is for stored images"), ("--balance-weight 1", "weighs the losses of --balance vmoe or switch, got --balance none"),
+    ("--router token_choice --router-weights self --gate mlp", "weights='self' has no gate to choose, got gate='mlp'"),
     pytest.param("--device cuda", "--device cuda: this machine has none; there is cpu", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
 def test_a_wrong_flag_gets_one_line_that_names_the_rule_and_the_value(flags, rule, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -853,6 +855,11 @@ def test_stored_images_part_into_training_validation_test_and_the_few_shot_class
     (tmp_path / "test_batch.bin").write_bytes(b"\1" + b"\7" * 3072)
     parts = stored(write_npz(tmp_path / "x.npz", x_test=np.full((5, 16, 16, 3), 9, np.uint8), y_test=np.arange(5) % 4)).parts
     assert (parts["test"][0] == 9).all() and not parts["train"][0].any() and not parts["validation"][0].any()
+    with pytest.raises(ValueError, match="a fifth of the classes, at least 2; .* has 4 classes"):
+        stored(tmp_path / "x.npz", few_shot=True)
+    write_cifar(tmp_path / "few")
+    with pytest.raises(ValueError, match="more than 10 images of each held-out class"):
+        stored(tmp_path / "few", few_shot=True)
     parts = stored(tmp_path).parts
     assert {name: len(labels) for name, (_, labels) in parts.items()} == {"train": 180, "validation": 20, "test": 1}
     assert len(torch.cat([parts["train"][0], parts["validation"][0]]).flatten(1).unique(dim=0)) == 200
@@ -943,7 +950,7 @@ def test_gflops_are_the_forward_products_of_one_image_and_active_parameters_thos
 def test_every_router_pays_what_the_dense_model_of_its_active_experts_pays(task, top_k, router, shelf):
     def cost(*flags):
         words = ["--data", str(shelf), "--context", "32", "--batch-size", "4", "--allow-leak"] if task == "tokens" else []
-        _, args = train.parse(["--task", task, "--top-k", top_k, *words, *flags])
+        args = train.parse(["--task", task, "--top-k", top_k, *words, *flags])
         train.check(args)
         return train.build(args)[-1]
 
@@ -1034,6 +1041,28 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_batch_and_the_balance_weig
     (whole, said), (parted, said_in_parts), (_, unweighted) = moved
     assert said == pytest.approx(said_in_parts, rel=1e-9) and torch.allclose(whole, parted, atol=1e-7)
     assert said[:3] == unweighted[:3] and abs(said[3] - unweighted[3]) > 1e-4
+
+
+def test_an_evaluation_tells_the_load_of_the_whole_split_and_float64_draws_the_same_images(monkeypatch):
+    args, device, task, data, model, _ = built("--router", "token_choice", "--noise-std", "0")
+    batches = [{name: value[8 * i : 8 * i + 8] for name, value in data.draw(64, data.classes, "x").items()} for i in range(8)]
+    monkeypatch.setattr(data, "split", lambda name: iter(batches))
+    load = {block: sum(model(batch["image"])[1][block].load for batch in batches) / 8 for block in (1,)}
+    told = train.evaluate(args, task, model, data, "test", device)["blocks"]
+    assert {block: of["load"] for block, of in told.items()} == pytest.approx({block: float(of.max() * 4) for block, of in load.items()})
+    double = built("--dtype", "float64")[3].batch(0)
+    assert double["image"].dtype == torch.float64 and torch.allclose(data.batch(0)["image"].double(), double["image"], atol=1e-4)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_hash_routes_by_the_place_in_the_image_also_where_a_batch_is_one_group(tmp_path):
+    *_, data, model, _ = built("--router", "hash")
+    together = built("--router", "hash", "--group", "batch")[4]
+    together.load_state_dict(model.state_dict())
+    image = data.batch(0)["image"]
+    assert torch.allclose(model(image)[0], together(image)[0], atol=1e-5)
+    assert run(*SMALL, "--patch", 4, "--data", write_npz(tmp_path / "x.npz", x_train=np.zeros((20, 28, 28, 3), np.uint8), x_test=np.zeros((20, 28, 28, 3), np.uint8)),
+               "--out", tmp_path / "run") == 0 and (tmp_path / "run/patches.svg").exists()  # images of any size are shown
 
 
 def test_the_ridge_probe_picks_its_penalty_by_leaving_one_out():
@@ -1209,7 +1238,7 @@ def test_nanogpt_files_are_mapped_and_trained_on(tmp_path, capsys):
     assert run(*flags, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert "perplexity" in said and "bits/byte" not in said  # there is no tokenizer to count bytes by
-    _, args = train.parse([str(flag) for flag in flags])
+    args = train.parse([str(flag) for flag in flags])
     train.check(args)
     data = moe_tokens.load_data(args, "cpu")
     batch = data.batch(0)
@@ -1355,7 +1384,21 @@ def test_a_grid_drops_what_a_router_ignores_merges_equal_runs_and_keeps_finished
     assert run(*grid) == 0
     again = [path.parent.name for path, time in touched.items() if path.stat().st_mtime_ns != time]
     assert len(again) <= 1 and (tmp_path / "results.md").read_text().splitlines()[0].split() == table.splitlines()[0].split()
-    assert run("--table", tmp_path) == 0
+    whole = next(tmp_path.glob("soft-seed_0-*")) / "summary.json"
+    for broken, note in (whole.read_text()[:-9], "Left out, not readable: soft-seed_0"), ("{}", "Left out, not readable: soft-seed_0"), (None, "Not finished: soft-seed_0"):
+        whole.unlink() if broken is None else whole.write_text(broken)
+        assert run("--table", tmp_path) == 0 and note in (tmp_path / "results.md").read_text().splitlines()[-1]
+
+
+def test_a_table_says_only_what_its_rows_bear_out(shelf, tmp_path, monkeypatch):
+    data = [write_npz(tmp_path / f"{name}.npz") for name in "ab"]
+    assert run(*SMALL, "--size", "tiny", "small", "--data", *data, "--router", "dense", "--out", tmp_path / "images") == 0
+    table = (tmp_path / "images/results.md").read_text()
+    assert table.count("| one seed ") == 3 and table.count("| best ") == 1 and "In every row: --task vision --steps 3 --batch-size 8\n" in table  # not --lr
+    monkeypatch.setattr(train, "score", lambda summary, task: -1.0 - ("leaky" not in summary["router"]))
+    assert run(*WORDS, "--data", shelf, "--router", "token_choice", "expert_choice", "--allow-leak", "--seed", 0, 1, "--out", tmp_path / "words") == 0
+    *_, leaky, causal = [line for line in (tmp_path / "words/results.md").read_text().splitlines() if line.startswith("| ")]
+    assert leaky.startswith("| expert_choice (leaky) ") and "| -1.000 " in leaky and "| best " in causal
 
 
 def test_a_grid_with_an_invalid_cell_does_not_start_but_all_leaves_it_out(shelf, tmp_path, capsys):
@@ -1363,7 +1406,9 @@ def test_a_grid_with_an_invalid_cell_does_not_start_but_all_leaves_it_out(shelf,
     assert not (tmp_path / "x").exists()
     for action in "--eval", "--table", "--resume", "--sample":
         refused(capsys, *SMALL, action, tmp_path / "x", "--router", "all", "--out", tmp_path / "z")
-    assert not (tmp_path / "z").exists()
+    (tmp_path / "file").touch()
+    assert "exists" in refused(capsys, *SMALL, "--seed", 0, 1, "--out", tmp_path / "file") and not (tmp_path / "z").exists()
+    assert "--no-renormalize" in train.ignored({"--router": "soft"}) and "--prefix" in train.ignored({"--task": "tokens", "--router": "hash", "--unit": "sequence"})
     assert run(*WORDS, "--data", shelf, "--router", "all", "--steps", 1, "--out", tmp_path / "y") == 0
     said = capsys.readouterr().out
     assert "left out: expert_choice: --router expert_choice is not causal" in said
@@ -1379,7 +1424,7 @@ def test_a_grid_with_an_invalid_cell_does_not_start_but_all_leaves_it_out(shelf,
 # ---------------------------------------------------------------- runs that survive
 LONG = ["--steps", "40", "--save-every", "7", "--log-every", "1"]
 CHAINS = [("vision", "expert_threshold", []), ("tokens", "token_choice", ["--balance", "bias"])]
-if os.environ.get("EVERY_ROUTER"):  # the full matrix, minutes: EVERY_ROUTER=1 python -m pytest -q -k kills
+if os.environ.get("EVERY_ROUTER"):  # the full matrix, minutes: EVERY_ROUTER=1 python -m pytest -q -k killed
     CHAINS += [(task, router, ["--allow-leak"] * (task == "tokens")) for task in ("vision", "tokens")
                for router in ("token_choice", "sinkhorn_token_choice", "expert_choice", "sinkhorn_expert_choice", "sparse_expert_choice", "soft")]
 FORK = multiprocessing.get_context("forkserver")  # children of a process that has torch loaded
@@ -1431,6 +1476,11 @@ def test_a_signal_saves_first_and_a_resumed_run_ends_as_one_unbroken(number, sta
         assert f"contradicts the run in {tmp_path / 'b'}, which has {had}" in refused(capsys, "--resume", tmp_path / "b", flag, value)
     assert run("--resume", tmp_path / "b", "--log-every", 1, "--save-every", 1) == 0
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    monkeypatch.setattr(train, "train_step", lambda *given: (os.kill(os.getpid(), number), step(*given))[1])
+    assert run("--resume", tmp_path / "b", "--steps", 9) == status and not (tmp_path / "b/summary.json").exists()
+    capsys.readouterr()
+    assert "it is of step 7, beyond --steps 6" in refused(capsys, "--resume", tmp_path / "b", "--steps", 6)
+    assert train.read_flags(tmp_path / "b")["steps"] == 9
 
 
 def test_a_run_that_diverges_stops_at_its_last_good_checkpoint(tmp_path, capsys, monkeypatch):
@@ -1541,7 +1591,7 @@ def test_readers_end_in_a_value_or_a_valueerror_whatever_the_bytes(shelf, tmp_pa
     text = lambda path: moe_tokens.load_data(SimpleNamespace(data=str(path), seed=0, batch_size=2, context=8, score_from=1, vocab_size=300, replace_undecodable=False), "cpu")
 
     def restored(folder):
-        _, args = train.parse(["--resume", str(folder)])
+        args = train.parse(["--resume", str(folder)])
         args.run = pathlib.Path(args.resume)
         model = train.build(args)[3]
         return train.restore(args, folder, model, train.make_optimizer(args, model, torch.device("cpu")))

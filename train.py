@@ -93,10 +93,11 @@ def flag(name):
     return "--" + FLAG.get(name, name).replace("_", "-")
 
 
-def option_flag(parser, name, default):
+def option_flag(parser, name, default, router):
     """One flag for one option of the routers, its type read off the default; a router added to ROUTERS brings its own."""
     having = [router for router, made in ROUTERS.items() if name in made.defaults]
-    about = f"{'all routers' if len(having) == len(ROUTERS) else ', '.join(having)} (default: {default})"
+    about = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
+    about += "" if router in having else f" (default: {default})%(default).0s"  # its value here, None, is not shown
     if isinstance(default, bool):
         parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=about)
     elif isinstance(default, str):
@@ -157,11 +158,11 @@ def make_parser(task, size, router):
     options = parser.add_argument_group("router options, for the routers named")
     for name, default in OPTIONS.items():
         try:
-            option_flag(options, name, default)
+            option_flag(options, name, default, router)
         except argparse.ArgumentError:
             parser.error(f"router option {name} has the name of another flag; call it otherwise")
     losses = parser.add_argument_group("router losses")
-    losses.add_argument("--balance", choices=BALANCE, help="importance and load; Switch's; or a selection bias")
+    losses.add_argument("--balance", choices=BALANCE, help="importance and, with noise, load; Switch's; or a selection bias")
     losses.add_argument("--balance-weight", type=KINDS.at_least_0, help="weight of the balance losses (default: vmoe 0.005 each, switch 0.01)")
     losses.add_argument("--z-loss", type=KINDS.at_least_0, help="weight of the mean squared logsumexp of the logits")
     made = ROUTERS[router].defaults if router in ROUTERS else {}
@@ -171,7 +172,7 @@ def make_parser(task, size, router):
 
 
 def parse(argv):
-    """Flags -> (parser, args). What they say of the task, the size and the router decides the other flags' defaults.
+    """Flags -> args. What they say of the task, the size and the router decides the other flags' defaults.
 
     With --resume, the run's own flags are the defaults, and only some may be given another value.
     """
@@ -197,7 +198,7 @@ def parse(argv):
     for name, value in saved.items():
         if getattr(args, name) != value and name not in UNRELATED | {"steps"}:
             parser.error(f"{flag(name)} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
-    return parser, args
+    return args
 
 
 def check(args):
@@ -220,8 +221,10 @@ def check(args):
         args.bias_rate = args.bias_rate or BIAS_RATE
     offered = ROUTERS[args.router].offers if args.router in ROUTERS else ()
     for name, weight in loss_weights(args).items():
-        if weight and name not in offered:
+        if weight and name not in offered and not (name == "load" and "importance" in offered):  # load comes with noise alone
             raise ValueError(f"--router {args.router} offers no {name} loss" + (f"; it offers {', '.join(offered)}" if offered else ""))
+    if args.balance_weight is not None and not BALANCE[args.balance]:
+        raise ValueError(f"--balance-weight weighs the losses of --balance vmoe or switch, got --balance {args.balance}")
     if args.batch_size % (args.grad_accum * processes()[1]):
         raise ValueError(f"--grad-accum must divide --batch-size {args.batch_size}, got {args.grad_accum} in {processes()[1]} process(es)")
     if args.data == "":
@@ -309,14 +312,14 @@ def moes(model):
 
 
 def parameters(model):
-    """Total parameters, and active ones: of an expert, the share of the tokens that its slots can serve."""
-    total = sum(p.numel() for p in model.parameters())
+    """Total parameters, and active ones: of an expert, the share of the tokens that it is to serve."""
+    count = sum(p.numel() for p in model.parameters())
     idle = 0.0
     for moe in moes(model):
         o, E = moe.router.options, moe.router.num_experts
         share = min(1, getattr(o, "top_k", 1) * (getattr(o, "capacity_factor", 1) or 1) / E)
         idle += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
-    return total, round(total - idle)
+    return count, round(count - idle)
 
 
 def make_optimizer(args, model, device):
@@ -368,6 +371,11 @@ class WholeNoise(TorchFunctionMode):
         return torch.randn(size * len(own), *own.shape[1:], dtype=own.dtype, device=own.device)[rank * len(own) :][: len(own)]
 
 
+def evenness(load):
+    """Of load [E], the shares of all assignments: that of the busiest expert over the mean, and how many experts got nothing."""
+    return {"load": float(load.max() * len(load) / load.sum().clamp(min=1e-9)), "dead": int((load == 0).sum())}
+
+
 def statistics(routings):
     """The signs of a router's health, per MoE block, from {block: Routing}.
 
@@ -377,8 +385,7 @@ def statistics(routings):
     stats = {}
     for block, routing in routings.items():
         counts = routing.counts()
-        stats[block] = {"load": float(routing.load.max() * len(routing.load)), "dead": int((routing.load == 0).sum()),
-                        "dropped": float((counts == 0).float().mean()), "slots_per_token": float(counts.float().mean())}
+        stats[block] = {**evenness(routing.load), "dropped": float((counts == 0).float().mean()), "slots_per_token": float(counts.float().mean())}
         if hasattr(routing, "logits"):
             gates = routing.logits.detach().float().flatten(2).softmax(-1)
             stats[block]["entropy"] = float(-torch.special.xlogy(gates, gates).sum(-1).mean() / math.log(max(2, gates.shape[-1])))
@@ -405,13 +412,14 @@ def mean_statistics(several):
 def evaluate(args, task, model, data, split, device):
     """Metrics over a whole split, cross-entropy alone and without noise, and the routings' statistics."""
     model.eval()
-    sums, stats = {}, []
+    sums, stats, loads = {}, [], {}
     for batch in data.split(split):
         with precision(args, device):
             loss, counts, routings = task.loss(model, batch)
         add(sums, {name: float(value) for name, value in (counts | {"loss": loss * counts["count"]}).items()})
+        add(loads, {block: routing.load for block, routing in routings.items()})
         stats.append(statistics(routings))
-    return {**task.metrics(sums), "blocks": mean_statistics(stats)}
+    return {**task.metrics(sums), "blocks": {block: of | evenness(loads[block]) for block, of in mean_statistics(stats).items()}}
 
 
 def train_step(args, task, model, optimizer, data, step, device, caught=(), before_moving=lambda: None):
@@ -513,6 +521,8 @@ def restore(args, folder, model, optimizer):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
+        if step > args.steps:
+            raise ValueError(f"it is of step {step}, beyond --steps {args.steps}")
     except Exception as error:
         raise ValueError(f"{folder}: the checkpoint does not fit the run: {str(error).splitlines()[0]}") from None
     if checkpoint["versions"] != versions():
@@ -533,13 +543,11 @@ def versions():
     return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
 
 
-def fit(args, task, model, data, device, folder, resumed=False):
-    """Train from the start or the checkpoint on, write metrics.jsonl and checkpoints.
+def fit(args, task, model, optimizer, data, device, folder, step=0, before=0.0):
+    """Train from a step on, before which so many seconds were spent; write metrics.jsonl and checkpoints.
 
     Returns the steps done, (seconds, those of this process's first step: with --compile, nearly all compiling), signal or 0.
     """
-    optimizer = make_optimizer(args, model, device)
-    step, before = restore(args, folder, model, optimizer) if resumed else (0, 0.0)
     running = DistributedDataParallel(model) if dist.is_initialized() else model
     running = compiled(running) if args.compile else running
     start, first, saved, stop = time.perf_counter(), 0.0, step, False
@@ -551,7 +559,7 @@ def fit(args, task, model, data, device, folder, resumed=False):
                                            "seconds": before + time.perf_counter() - start, "versions": versions()})
             saved = step
 
-    with (open(os.devnull if processes()[0] else folder / "metrics.jsonl", "a" if resumed else "w") as file, signals() as caught,
+    with (open(os.devnull if processes()[0] else folder / "metrics.jsonl", "a" if step else "w") as file, signals() as caught,
           tqdm(total=args.steps, initial=step, desc=title(args), dynamic_ncols=True) as bar):
         while step < args.steps and not stop:
             try:
@@ -580,10 +588,10 @@ def conclude(args, task, model, data, device, gflops, spent, folder=None):
     with dropless(model) as differs:
         if differs:
             result[task.SPLITS[-1] + "_dropless"] = evaluate(args, task, model, data, task.SPLITS[-1], device)
-    total, active = parameters(model)
+    every, active = parameters(model)
     found, joints = specialisation(args, task, model, data, device)
     told = task.report(args, model, data, lambda: build_model(args, task, data, device))
-    summary = {"router": title(args), **result, **told, "specialisation": found, "parameters": total, "active_parameters": active,
+    summary = {"router": title(args), **result, **told, "specialisation": found, "parameters": every, "active_parameters": active,
                "gflops": gflops, "steps": args.steps}
     if folder:
         with open(folder / "metrics.jsonl", "a") as file:
@@ -649,46 +657,66 @@ def deviation(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def finished(folder):
+    """The runs below a folder, a list of (flags, summary, training lines), and a note on each that is not whole."""
+    runs, notes = [], []
+    for path in sorted(path.parent for path in pathlib.Path(folder).glob("*/config.json")):
+        try:
+            flags, summary = read_flags(path), json.loads((path / "summary.json").read_text())
+            row([summary], TASKS[flags["task"]], known=True)  # raises where something is missing
+            runs.append((flags, summary, read_lines(path)))
+        except FileNotFoundError:
+            notes.append(f"Not finished: {path.name}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
+    return runs, notes
+
+
+def score(summary, task):
+    """By which rows are ranked, more is better: the first of the task's columns, or the loss where text has no bytes."""
+    value = next(iter(task.columns(summary).values()))
+    return -summary[task.SPLITS[-1]]["loss"] if value is None else value if task.MORE_IS_BETTER else -value
+
+
 def results(folder):
     """All finished runs below a folder in one table: printed, and written to results.md and results.jsonl there."""
-    runs, apart = {}, UNRELATED | {"seed"}
-    for path in sorted(pathlib.Path(folder).glob("*/summary.json")):
-        flags, summary = read_flags(path.parent), json.loads(path.read_text())
-        setting = json.dumps({name: value for name, value in flags.items() if name not in apart})
-        runs.setdefault(setting, []).append((flags, summary, read_lines(path.parent)))
-    if not runs:
-        raise ValueError(f"--table {folder}: no finished run (a folder with a summary.json) lies there")
-    settings = [json.loads(key) for key in runs]
+    runs, notes = finished(folder)
+    tasks = {flags["task"] for flags, *_ in runs}
+    if len(tasks) != 1:
+        why = f"holds runs of several tasks: {', '.join(sorted(tasks))}" if tasks else "no finished run (a folder with a summary.json) lies there"
+        raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
+    task, groups, rows = TASKS[tasks.pop()], {}, []
+    for one in runs:
+        setting = json.dumps({name: value for name, value in one[0].items() if name not in UNRELATED | {"seed"}})
+        groups.setdefault(setting, {})[one[0]["seed"]] = one
+    settings = [json.loads(key) for key in groups]
     for setting in settings:
         setting |= {name: None for name in setting if flag(name) in ignored({flag(n): value for n, value in setting.items()})}
-    tasks = {setting["task"] for setting in settings}
-    if len(tasks) > 1:
-        raise ValueError(f"--table {folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
-    task, rows, trained = TASKS[tasks.pop()], [], {}
     names = [name for name in settings[0] if name not in ("router", "remark")]
     usual = [vars(make_parser(s["task"], s["size"], s["router"]).parse_args([])) for s in settings]  # not worth a column
     differing = [name for name in names if len({json.dumps(s[name]) for s in settings if s.get(name) is not None}) > 1
                  and any(s[name] not in (None, of[name]) for s, of in zip(settings, usual))]
-    sign = 1 if task.MORE_IS_BETTER else -1
-    for setting, group in zip(settings, runs.values()):
-        scores = [next(iter(task.columns(summary).values())) or -sign * summary[task.SPLITS[-1]]["loss"] for _, summary, _ in group]
+    for setting, group in zip(settings, groups.values()):
+        _, summaries, lines = zip(*group.values())
         named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
-        named = {"router": title(argparse.Namespace(**setting)), **named, "seeds": str(len(group))}
-        rows.append((scores, named | {"routing": routes(setting)} | row([summary for _, summary, _ in group], task, known=True)))
-        losses = [[(line["step"], line["loss"]) for line in lines] for *_, lines in group]
-        trained[" ".join(text for name, text in named.items() if text != "-" and name != "seeds")] = [
-            (at[0][0], np.mean([loss for _, loss in at])) for at in zip(*losses)]  # the mean over seeds
-    rows.sort(key=lambda r: -sign * np.mean(r[0]))
-    best = rows[0][0]
-    for scores, texts in rows:
+        named = {"router": title(argparse.Namespace(**setting)), **named}
+        losses = [{line["step"]: line["loss"] for line in of} for of in lines]
+        curve = [(step, np.mean([of[step] for of in losses])) for step in losses[0] if all(step in of for of in losses)]  # mean over seeds
+        texts = named | {"seeds": str(len(group)), "routing": routes(setting)} | row(summaries, task, known=True)
+        rows.append(([score(summary, task) for summary in summaries], texts, curve, " ".join(part for part in named.values() if part != "-")))
+    rows.sort(key=lambda r: -np.mean(r[0]))
+    best = next((scores for scores, texts, *_ in rows if "(leaky)" not in texts["router"]), rows[0][0])
+    digits = DECIMALS.get(next(iter(task.columns(runs[0][1]))), 1)
+    for scores, texts, *_ in rows:
         gap, spread = np.mean(scores) - np.mean(best), math.hypot(deviation(scores), deviation(best))
-        texts["to the best"] = "best" if scores is best else "tie" if abs(gap) <= spread else f"{gap:+.3f}"  # inside the spread is a tie
-    same = (f"{flag(name)} {settings[0][name]}" for name in ("task", "size", "steps", "batch_size", "lr") if name not in differing)
-    shown = table([texts for _, texts in rows]) + f"\n\nIn every row: {' '.join(same)}"
+        told = "one seed" if min(len(scores), len(best)) == 1 else "tie" if abs(gap) <= spread else f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
+        texts["to the best"] = "best" if scores is best else told  # inside the spread is a tie
+    same = (f"{flag(name)} {of.pop()}" for name in ("task", "size", "steps", "batch_size", "lr") if len(of := {s[name] for s in settings}) == 1)
+    shown = "\n".join([table([texts for _, texts, *_ in rows]), "", f"In every row: {' '.join(same)}", *notes])
     (pathlib.Path(folder) / "results.md").write_text(shown + "\n")
-    lines = [json.dumps({"flags": flags, "summary": summary}) for group in runs.values() for flags, summary, _ in group]
-    (pathlib.Path(folder) / "results.jsonl").write_text("\n".join(lines) + "\n")
+    (pathlib.Path(folder) / "results.jsonl").write_text("".join(json.dumps({"flags": flags, "summary": summary}) + "\n" for flags, summary, _ in runs))
     print(shown)
+    trained = {name: curve for *_, curve, name in rows}
     parts = curves(60, 40, "training loss, mean over seeds", trained, 700, 420) + legend(790, 50, trained)
     (pathlib.Path(folder) / "curves.svg").write_text(svg(840 + 7 * max(map(len, trained)), max(500, 60 + 18 * len(trained)), parts))
 
@@ -766,25 +794,27 @@ def text(x, y, words, anchor="start", more=""):
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(str(words))}</text>'
 
 
-def heat_map(x, y, title, joint, names, cell=18):
-    """Parts of a picture: for each label [labels, E], how its mass is shared among the experts, white 0 to dark blue 1."""
+def heat_map(x, y, heading, joint, names, cell=18):
+    """Parts of a picture: for each label [labels, E], how its mass is shared among the experts, white 0 to dark blue, the most."""
     share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
-    parts = [text(x, y - 24, title, more='font-weight="bold"')] + [text(x + cell * (e + 0.5), y - 7, e, "middle") for e in range(share.shape[1])]
+    most = max(1e-9, float(share.max()))
+    parts = [text(x, y - 24, heading, more='font-weight="bold"'), text(x, y + cell * len(names) + 14, f"the darkest: {most:.2f}")]
+    parts += [text(x + cell * (e + 0.5), y - 7, e, "middle") for e in range(share.shape[1])]
     for r, name in enumerate(names):
         parts.append(text(x - 6, y + cell * (r + 0.7), name, "end"))
         for e, part in enumerate(share[r].tolist()):
-            red, green, blue = (round(255 - part * (255 - full)) for full in (8, 48, 107))
+            red, green, blue = (round(255 - part / most * (255 - full)) for full in (8, 48, 107))
             parts.append(f'<rect x="{x + cell * e}" y="{y + cell * r}" width="{cell}" height="{cell}" fill="rgb({red},{green},{blue})" stroke="#ddd">'
                          f"<title>{html.escape(str(name))}, expert {e}: {part:.3f}</title></rect>")
     return parts
 
 
-def curves(x, y, title, lines, width=330, height=180):
+def curves(x, y, heading, lines, width=330, height=180):
     """Parts of a picture: lines {name: [(x, y), ...]} in one frame, the axes' ends labelled."""
     finite = [point for line in lines.values() for point in line if math.isfinite(point[1])]
     (left, right), (low, high) = ((min(of), max(of)) for of in (zip(*finite) if finite else [(0, 1), (0, 1)]))
     place = lambda a, b: (x + width * (a - left) / ((right - left) or 1), y + height - height * (b - low) / ((high - low) or 1))
-    parts = [text(x, y - 8, title, more='font-weight="bold"'), f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
+    parts = [text(x, y - 8, heading, more='font-weight="bold"'), f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
              text(x - 4, y + 10, f"{high:.3g}", "end"), text(x - 4, y + height, f"{low:.3g}", "end"),
              text(x, y + height + 15, f"step {left}"), text(x + width, y + height + 15, right, "end")]
     for i, (name, line) in enumerate(lines.items()):
@@ -794,6 +824,9 @@ def curves(x, y, title, lines, width=330, height=180):
 
 
 def hue(i, count):
+    """A colour for line i of so many; a lone line is grey."""
+    if count == 1:
+        return "#444444"
     return "#" + bytes(round(255 * part) for part in colorsys.hls_to_rgb(i / max(1, count), 0.4 + 0.15 * (i % 2), 0.75)).hex()
 
 
@@ -813,22 +846,22 @@ SIGNS = {"load": "load max/mean", "dead": "experts without a token", "dropped": 
 
 def draw(folder, joints):
     """experts.svg: where each label's tokens go, per block. health.svg: the run's loss and the signs of its routers' health."""
-    parts, bottom, across = [text(10, 20, "Share of each label's tokens that goes to each expert: white none, dark blue all")], 70, 0
+    parts, bottom, across = [text(10, 20, "Share of each label's tokens that goes to each expert: white none, dark blue the most")], 70, 0
     for name, (first, names) in next(iter(joints.values()), {}).items():
         if len(names) <= 24:  # more rows are no picture
-            across = 150 + 18 * first.shape[1]
+            across = max(330, 150 + 18 * first.shape[1])
             for column, (block, of) in enumerate(joints.items()):
                 parts += heat_map(150 + across * column, bottom, f"block {block}: {name} x expert", *of[name])
             bottom += 18 * len(names) + 60
     if across:
-        (folder / "experts.svg").write_text(svg(across * len(joints) + 140, bottom, parts))
+        (folder / "experts.svg").write_text(svg(max(560, across * len(joints) + 140), bottom, parts))
     lines = read_lines(folder)
     along = lambda value: [(line["step"], value(line)) for line in lines]
     frames = {"loss": {"loss": along(lambda line: line["loss"])}, "gradient norm": {"norm": along(lambda line: line["grad_norm"])}}
     blocks = lines[-1]["blocks"] if lines else {}
-    for sign, title in SIGNS.items():
+    for sign, heading in SIGNS.items():
         of = {f"block {b}": along(lambda line: line["blocks"][b][sign]) for b in blocks if sign in blocks[b]}
-        frames |= {title: of} if of else {}
+        frames |= {heading: of} if of else {}
     parts = [part for i, of in enumerate(frames.items()) for part in curves(60 + 410 * (i % 3), 40 + 230 * (i // 3), *of)]
     parts += legend(1260, 50, [f"block {b}" for b in blocks])
     (folder / "health.svg").write_text(svg(1360, 230 * math.ceil(len(frames) / 3) + 30, parts))
@@ -846,7 +879,7 @@ def run_folder(args):
         if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
             raise ValueError(f"--out {folder} is not empty; choose another or say --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("summary.json", "checkpoint.pt"):  # of an earlier run
+    for old in ("summary.json", "checkpoint.pt", "tokenizer.json", "sample.html", "patches.svg", "experts.svg", "health.svg"):  # of an earlier run
         (folder / old).unlink(missing_ok=True)
     return folder
 
@@ -901,8 +934,11 @@ def sample(args):
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample {folder}: a run of --task {saved.task} without a tokenizer writes no text")
     tokenizer, task, device = moe_tokens.Tokenizer.read(folder / "tokenizer.json"), TASKS[saved.task], pick_device(args.device)
-    model = task.build_model(saved, SimpleNamespace(vocab_size=len(tokenizer.pieces), topics=["any"]), make_feed(saved))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = task.build_model(saved, SimpleNamespace(vocab_size=len(tokenizer.pieces), topics=["any"]), make_feed(saved))
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:  # flags, vocabulary and weights that do not fit together fail in many ways
+        raise ValueError(f"{folder} cannot be read as a run: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     with dropless(model.to(device).eval()) as differs:
         notes = ["sampled dropless, trained with a capacity"] * differs + [saved.remark] * bool(saved.remark)
         return task.sample(args, model, tokenizer, saved) + (f"\n({'; '.join(notes)})" if notes else "")
@@ -935,10 +971,10 @@ def main(argv=None):
 def command(argv):
     settings = split_flags(argv)
     several = any(len(values) > 1 for values in settings.values()) or "all" in settings.get("--router", ())
-    if several and not settings.keys() & {"--bench", "--eval", "--sample", "--table", "--resume"}:
-        return grid(settings)
-    parser, args = parse(argv)
     try:
+        if several and not settings.keys() & {"--bench", "--eval", "--sample", "--table", "--resume"}:
+            return grid(settings)
+        args = parse(argv)
         if args.bench:
             bench(args, settings)
         elif args.eval:
@@ -954,7 +990,7 @@ def command(argv):
             check(args)
             return run(args)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        Parser().error(str(error))
     return 0
 
 
@@ -963,14 +999,18 @@ def run(args, folder=None):
     resumed = folder is not None and (args.resume is not None or (folder / "checkpoint.pt").exists())
     args.run = folder if resumed else None
     device, task, data, model, gflops = build(args)
+    optimizer = make_optimizer(args, model, device)
+    at = restore(args, folder, model, optimizer) if resumed else (0, 0.0)  # step and seconds
     folder = folder or (pathlib.Path(os.devnull) if processes()[0] else run_folder(args))
+    if at[0] < args.steps and processes()[0] == 0:
+        (folder / "summary.json").unlink(missing_ok=True)  # of fewer steps: not finished any more
     flags = {name: value for name, value in vars(args).items() if name not in UNRELATED - {"log_every", "save_every"}}
     for name, content in task.files(data).items():
         save(folder, name, content)
     save(folder, "config.json", {"flags": flags, "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1]} | versions())
     print(f"{args.task}, router {title(args)}, {data.about}; {device.type}, torch {torch.__version__}, seed {args.seed} -> {folder}")
     try:
-        done, spent, caught = fit(args, task, model, data, device, folder, resumed)
+        done, spent, caught = fit(args, task, model, optimizer, data, device, folder, *at)
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
@@ -1060,8 +1100,8 @@ def split_flags(argv):
     settings, values = {}, []
     for word in sys.argv[1:] if argv is None else argv:
         if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            values = settings[flag] = [value] if equals else []
+            name, equals, value = word.partition("=")
+            values = settings[name] = [value] if equals else []
         else:
             values.append(word)
     return settings
@@ -1071,13 +1111,15 @@ def ignored(setting):
     """The flags of {flag: value} that mean nothing for its router."""
     router, task = setting.get("--router", "expert_choice"), TASKS.get(setting.get("--task", "vision"), moe_vision)
     having = set(ROUTERS[router].defaults) if router in ROUTERS else {"top_k"}
-    none = {flag(name) for name in OPTIONS if name not in having} | task.ignored({"--router": router} | setting)
+    none = {no + flag(name)[2:] for name in OPTIONS if name not in having for no in ("--", "--no-")} | task.ignored({"--router": router} | setting)
     if router == "dense":
         width = {"--top-k"} if setting.get("--dense-match") == "total" else {"--experts"}
         return none | {"--balance", "--balance-weight", "--z-loss", "--expert-init"} | width
     offers = ROUTERS[router].offers if router in ROUTERS else ()
-    balances = "balance" in offers and (setting.get("--balance") != "bias" or "bias_rate" in having)
-    return none | {"--dense-match"} | (set() if balances else {"--balance", "--balance-weight"}) | (set() if "z" in offers else {"--z-loss"})
+    balance = setting.get("--balance") or task.ROUTER_DEFAULTS.get(router, {}).get("balance", "none")
+    balances = "balance" in offers and (balance != "bias" or "bias_rate" in having)
+    none |= {"--dense-match"} | (set() if BALANCE.get(balance, True) else {"--balance-weight"}) | (set() if "z" in offers else {"--z-loss"})
+    return none if balances else none | {"--balance", "--balance-weight"}
 
 
 def grid(settings):
@@ -1085,20 +1127,20 @@ def grid(settings):
     every = "all" in settings.get("--router", ())
     if every:
         settings |= {"--router": ["dense", *ROUTERS], "--dense-match": settings.get("--dense-match", ["active", "total"])}
-    cells = {}
+    cells, axes = {}, [name for name, values in settings.items() if len(values) > 1]
     for values in itertools.product(*(v or [None] for v in settings.values())):
         setting = dict(zip(settings, values))
-        setting = {flag: value for flag, value in setting.items() if flag not in ignored(setting)}
-        parser, args = parse([word for flag, value in setting.items() for word in (flag, value) if word is not None])
+        setting = {name: value for name, value in setting.items() if name not in ignored(setting)}
+        args = parse([word for pair in setting.items() for word in pair if word is not None])
         try:
             check(args)
         except ValueError as error:
             if not every:
-                parser.error(f"{' '.join(f'{flag} {value}' for flag, value in setting.items())}: {error}")
+                raise ValueError(f"{' '.join(f'{name} {setting[name]}' for name in axes if name in setting)}: {error}") from None
             print(f"left out: {args.router}: {error}")
             continue
         config = json.dumps(settings_of(args), sort_keys=True)
-        several = [f"{name[2:]}_{setting[name]}" for name, of in settings.items() if len(of) > 1 and name in setting and name not in ("--router", "--seed")]
+        several = [f"{name[2:]}_{setting[name]}".replace("/", "_") for name in axes if name in setting and name not in ("--router", "--seed")]
         cells[hashlib.sha256(config.encode()).hexdigest()[:8]] = "-".join([args.router, *several, f"seed_{args.seed}"]), args
     out, status = pathlib.Path(settings.get("--out", ["runs"])[0]), 0
     out.mkdir(parents=True, exist_ok=True)
@@ -1115,7 +1157,10 @@ def grid(settings):
         gc.collect()  # a model and its data hold each other
         if status > 128:
             return status
-    results(out)
+    if processes()[0] == 0:
+        results(out)
+    if dist.is_initialized():
+        dist.barrier()  # process 0 has evaluations and the table to finish
     return status
 
 
