@@ -514,7 +514,7 @@ def settings_of(args):
 def restore(args, folder, model, optimizer):
     """Load a run's checkpoint into model and optimizer; returns its step and seconds, metrics.jsonl cut back to that step."""
     checkpoint = read_checkpoint(folder)
-    try:
+    with reading(folder, "is no run", "holds a checkpoint that does not fit the run"):
         for name, value in settings_of(args).items():
             if checkpoint["flags"][name] != value and name != "steps":
                 raise ValueError(f"it has {flag(name)} {checkpoint['flags'][name]}, not {value}")
@@ -523,8 +523,6 @@ def restore(args, folder, model, optimizer):
         step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
         if step > args.steps:
             raise ValueError(f"it is of step {step}, beyond --steps {args.steps}")
-    except Exception as error:
-        raise ValueError(f"{folder}: the checkpoint does not fit the run: {str(error).splitlines()[0]}") from None
     if checkpoint["versions"] != versions():
         print(f"the checkpoint is of {checkpoint['versions']}, this is {versions()}: it goes on, but not bit for bit", file=sys.stderr)
     kept = []
@@ -884,46 +882,44 @@ def run_folder(args):
     return folder
 
 
+@contextmanager
+def reading(folder, missing, broken):
+    """Inside, a file that is missing, and whatever else goes wrong (files and flags that do not fit fail in many ways), is a ValueError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} {missing}: {pathlib.Path(error.filename).name} is missing") from None
+    except Exception as error:
+        why, *_ = (str(error) or type(error).__name__).splitlines()[0].split(". ")
+        raise ValueError(f"{folder} {broken}: {why}") from None
+
+
 def read_flags(folder):
     """The flags of a run, {name: value}. Raises ValueError for a folder that is none."""
-    path = pathlib.Path(folder) / "config.json"
-    try:
-        flags = json.loads(path.read_text())["flags"]
+    with reading(folder, "is no run", "is no run: config.json does not hold its flags"):
+        flags = json.loads(pathlib.Path(folder, "config.json").read_text())["flags"]
         return vars(make_parser(flags["task"], flags["size"], flags["router"]).parse_args([])) | flags  # flags newer than the run: defaults
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no run: config.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} holds no run's flags: {error}") from None
 
 
 def read_checkpoint(folder):
     """A run's checkpoint, read without running any code in it. Raises ValueError for one that is missing, broken or unsafe."""
     path = pathlib.Path(folder) / "checkpoint.pt"
-    try:
+    with reading(folder, "was never saved", "holds a checkpoint.pt that cannot be read as a checkpoint"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{folder} was never saved: checkpoint.pt is missing") from None
-    except Exception as error:  # zipfile, torch.load and pickle report a broken or unsafe file by many exceptions
-        why = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from None
 
 
 def load_run(folder, device):
     """args, task, data, model, device, GFLOPs and time spent of a finished run. Raises ValueError for a folder that is none."""
     folder = pathlib.Path(folder)
     saved, checkpoint = argparse.Namespace(**read_flags(folder) | {"device": device, "run": folder}), read_checkpoint(folder)
-    try:
+    with reading(folder, "is no finished run", "cannot be read as a run"):
         summary = json.loads((folder / "summary.json").read_text())
         spent = summary["seconds"], summary.get("first_step_seconds", 0.0)
         device, task, data, model, gflops = build(saved)
         model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no finished run: {pathlib.Path(error.filename).name} is missing") from None
-    except Exception as error:  # flags and weights that do not fit together fail in many ways
-        raise ValueError(f"{folder} cannot be read as a run: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     return saved, task, data, model, device, gflops, spent
 
 
@@ -934,11 +930,9 @@ def sample(args):
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample {folder}: a run of --task {saved.task} without a tokenizer writes no text")
     tokenizer, task, device = moe_tokens.Tokenizer.read(folder / "tokenizer.json"), TASKS[saved.task], pick_device(args.device)
-    try:
+    with reading(folder, "is no run", "cannot be read as a run"):
         model = task.build_model(saved, SimpleNamespace(vocab_size=len(tokenizer.pieces), topics=["any"]), make_feed(saved))
         model.load_state_dict(checkpoint["model"])
-    except Exception as error:  # flags, vocabulary and weights that do not fit together fail in many ways
-        raise ValueError(f"{folder} cannot be read as a run: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     with dropless(model.to(device).eval()) as differs:
         notes = ["sampled dropless, trained with a capacity"] * differs + [saved.remark] * bool(saved.remark)
         return task.sample(args, model, tokenizer, saved) + (f"\n({'; '.join(notes)})" if notes else "")
