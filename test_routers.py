@@ -1050,9 +1050,9 @@ def test_an_evaluation_tells_the_load_of_the_whole_split_and_float64_draws_the_s
     load = {block: sum(model(batch["image"])[1][block].load for batch in batches) / 8 for block in (1,)}
     told = train.evaluate(args, task, model, data, "test", device)["blocks"]
     assert {block: of["load"] for block, of in told.items()} == pytest.approx({block: float(of.max() * 4) for block, of in load.items()})
-    double = built("--dtype", "float64")[3].batch(0)
-    assert double["image"].dtype == torch.float64 and torch.allclose(data.batch(0)["image"].double(), double["image"], atol=1e-4)
+    single, double = data.batch(0)["image"], built("--dtype", "float64")[3].batch(0)["image"]
     torch.set_default_dtype(torch.float32)
+    assert double.dtype == torch.float64 and torch.allclose(single.double(), double, atol=1e-4)
 
 
 def test_hash_routes_by_the_place_in_the_image_also_where_a_batch_is_one_group(tmp_path):
