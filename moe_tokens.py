@@ -109,9 +109,7 @@ class GPT(nn.Module):
 
 
 def build_model(args, data, feed):
-    """The GPT these flags describe; feed(block, tokens) gives each block its FFN or MoE. ValueError if sizes clash."""
-    if args.dim % args.heads:
-        raise ValueError(f"--heads must divide --dim, got --heads {args.heads} and --dim {args.dim}")
+    """The GPT these flags describe; feed(block, tokens) gives each block its FFN or MoE. ValueError for what the data lacks or cannot fit."""
     if args.hash_key == "topic" and not data.topics:
         raise ValueError("--hash-key topic needs text in at least two topics: folders below --data, or the standard library")
     if args.router == "hash" and args.num_keys is None:

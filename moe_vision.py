@@ -91,9 +91,7 @@ class ViT(nn.Module):
 
 
 def build_model(args, data, feed):
-    """The ViT these flags describe; feed(block, tokens) gives each block its FFN or MoE. ValueError if sizes clash."""
-    if args.dim % args.heads:
-        raise ValueError(f"--heads must divide --dim, got --heads {args.heads} and --dim {args.dim}")
+    """The ViT these flags describe; feed(block, tokens) gives each block its FFN or MoE. ValueError for what the data lacks or cannot fit."""
     if data.image_size % args.patch:
         raise ValueError(f"--patch must divide the image size, got --patch {args.patch} and images of {data.image_size} pixels")
     tokens = (data.image_size // args.patch) ** 2
@@ -211,8 +209,7 @@ class Drawn:
 
     def probe(self, draw, shots=10):
         """Support (so many shots of each held-out class) and query images of one draw of the few-shot probe."""
-        pool = self.draw(1024, HELD_OUT, "probe", draw)
-        return pick_shots(pool, shots)
+        return pick_shots(self.draw(1024, HELD_OUT, "probe", draw), shots)
 
 
 def pick_shots(pool, shots):
@@ -412,7 +409,7 @@ def report(args, model, data, fresh, draws=5):
         for name, read in readers.items():
             features = lambda images: torch.cat([read(part) for part in images.split(256)]).cpu()
             accuracy[name].append(100 * ridge_accuracy((features(support[0]), support[1].cpu()), (features(query[0]), query[1].cpu())))
-    return {name: [float(np.mean(a)), float(np.std(a))] for name, a in accuracy.items()}
+    return {name: [float(np.mean(a)), float(np.std(a, ddof=1))] for name, a in accuracy.items()}
 
 
 def labels(batch, data, start):

@@ -349,9 +349,7 @@ class TokenChoice(Router):
     def seat(self, expert_index, gate, scores, losses, **extras):
         """Queue the T*K (token, choice) pairs; expert_index, gate [G, T, K]; scores [G, T, E] rank batch priority."""
         G, T, K = expert_index.shape
-        rank = torch.arange(T, device=gate.device).expand(G, T)
-        if self.options.priority == "gate":
-            rank = top(scores.amax(-1), T, -1)
+        rank = top(scores.amax(-1), T, -1) if self.options.priority == "gate" else torch.arange(T, device=gate.device).expand(G, T)
         pair = rank[..., None] * K + torch.arange(K, device=gate.device)  # [G, T, K], the pair's number in the flat [T*K]
         pair = (pair if self.options.priority == "token" else pair.mT).flatten(1)  # [G, T*K] in queue order
         wants = expert_index.flatten(1).gather(1, pair)[..., None] == torch.arange(self.num_experts, device=gate.device)

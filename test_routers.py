@@ -942,6 +942,9 @@ def test_gflops_are_the_forward_products_of_one_image_and_active_parameters_thos
     assert gflops == pytest.approx(2 * products / 1e9, rel=1e-9)
     total, active = train.parameters(model)
     assert total - active == (0 if router == "dense" else (E - K) * (2 * D * H + D + H))
+    if router == "soft":  # --slots decides where it is given: 4 slots of an expert for 16 tokens are a quarter of its work
+        total, active = train.parameters(built("--router", "soft", "--top-k", "3", "--slots", "4")[4])
+        assert total - active == (E - 1) * (2 * D * H + D + H)
 
 
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "expert_threshold"])
@@ -1336,6 +1339,20 @@ def test_nmi_equals_values_worked_out_by_hand_and_its_null_permutes_whole_units(
     assert [value, mean, bound] == pytest.approx([1 / math.sqrt(2)] * 3)  # 4 documents cannot prove a topic: any labels fit as well
     value, mean, bound = train.nmi_and_null(mass, label, torch.arange(400))
     assert value > 0.7 and bound < 0.05 and 0 < mean <= bound
+
+
+def test_the_null_of_sequences_routed_as_a_whole_deals_whole_sequences():
+    """Sequences of one class each, sent to experts at random: tokens would call it knowledge, sequences call it chance."""
+    label = (torch.arange(40) % 2)[:, None].expand(40, 50)
+    mass = F.one_hot(torch.randint(4, (40,), generator=routers.seeded("at random")), 4).float()
+    task = SimpleNamespace(EXAMINED="all", loss=lambda model, batch: (0, {}, {0: SimpleNamespace(mass=lambda: mass[batch["rows"]][None])}),
+                           labels=lambda batch, data, start: {"token class": (label[batch["rows"]], start * 50 + torch.arange(1000).view(20, 50), "ab")})
+    data = SimpleNamespace(split=lambda name: [{"rows": torch.arange(20)}, {"rows": torch.arange(20, 40)}])
+    found, _ = train.specialisation(SimpleNamespace(dtype="float32"), task, torch.nn.Identity(), data, torch.device("cpu"))
+    value, mean, bound = found[0]["token class"]
+    assert 0 < value <= bound and mean > 0.01
+    tokens = train.nmi_and_null(mass.repeat_interleave(50, 0), label.flatten(), torch.arange(2000))
+    assert tokens[0] == pytest.approx(value, rel=1e-4) and tokens[2] < value
 
 
 @pytest.mark.parametrize("flags, name", [("--router hash --hash-key topic", "topic"), ("--router hash", "token class")])

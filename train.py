@@ -210,6 +210,8 @@ def check(args):
         if name not in has and getattr(args, FLAG.get(name, name)) is not None:
             raise ValueError(f"{flag(name)} is no option of --router {args.router}; it has {', '.join(sorted(has))}")
     args.top_k = args.top_k or 1
+    if args.dim % args.heads:
+        raise ValueError(f"--heads must divide --dim, got --heads {args.heads} and --dim {args.dim}")
     if args.router == "dense" and args.top_k > args.experts:
         raise ValueError(f"--top-k must be at most --experts {args.experts}, got {args.top_k}")
     args.moe_blocks = TASKS[args.task].moe_blocks(args.depth) if args.moe_blocks is None else args.moe_blocks
@@ -277,10 +279,8 @@ def build(args):
     device, task = pick_device(args.device), TASKS[args.task]
     torch.set_default_dtype(torch.float64 if args.dtype == "float64" else torch.float32)
     data = task.load_data(args, device)
-    model = build_model(args, task, data, device)
-    one = {name: value[:1] for name, value in next(iter(data.split("validation"))).items()}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        task.loss(model, one)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = build_model(args, task, data, device)
     return device, task, data, model, counter.get_total_flops() / 1e9
 
 
@@ -317,8 +317,8 @@ def parameters(model):
     idle = 0.0
     for moe in moes(model):
         o, E = moe.router.options, moe.router.num_experts
-        share = min(1, getattr(o, "top_k", 1) * (getattr(o, "capacity_factor", 1) or 1) / E)
-        idle += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
+        share = o.slots / len(model.position) if getattr(o, "slots", None) else o.top_k * (o.capacity_factor or 1) / E
+        idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
     return count, round(count - idle)
 
 
@@ -442,8 +442,7 @@ def train_step(args, task, model, optimizer, data, step, device, caught=(), befo
                 loss, counts, routings = task.loss(model, batch)
             terms = {}
             for routing in once(routings):
-                for name, value in routing.losses.items():
-                    terms[name] = terms.get(name, 0.0) + value
+                add(terms, routing.losses)
             objective = loss + sum(weight * terms[name] for name, weight in weights.items() if weight and name in terms)
             (objective / args.grad_accum).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
@@ -747,15 +746,15 @@ def nmi(joint):
 def nmi_and_null(mass, label, unit, draws=100):
     """[NMI, null mean, null 95 %] of expert with label, for combine mass [N, E], label [N] and unit [N] of N tokens.
 
-    The null permutes labels among the units on which a label is constant: a document for its topic, a token for its class.
+    The null deals the units' routings out anew. Within a unit the label is constant (a document for its topic, a token for
+    its class), or else the routing is (a sequence that is routed as a whole).
     """
     units, index = unit.unique(return_inverse=True)
-    shares = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
-    of = label.new_zeros(len(units)).scatter(0, index, label)
-    joint = lambda labels: shares.new_zeros(int(of.max()) + 1, shares.shape[1]).index_add(0, labels, shares)
-    g = seeded("null")
-    null = [nmi(joint(of[torch.randperm(len(of), generator=g)])) for _ in range(draws)]
-    return [nmi(joint(of)), float(np.mean(null)), float(np.quantile(null, 0.95))]
+    routed = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
+    held = mass.new_zeros(len(units), int(label.max()) + 1).index_put((index, label), mass.new_ones(()), accumulate=True)  # [units, labels]
+    share, g = (held / held.sum(1, keepdim=True)).T, seeded("null")
+    null = [nmi(share @ routed[torch.randperm(len(units), generator=g)]) for _ in range(draws)]
+    return [nmi(share @ routed), float(np.mean(null)), float(np.quantile(null, 0.95))]
 
 
 @torch.no_grad()
@@ -769,8 +768,10 @@ def specialisation(args, task, model, data, device):
         for name, (label, unit, names) in task.labels(batch, data, start).items():
             for block, routing in routings.items():
                 mass = routing.mass().float().cpu()
-                mass = mass.reshape(len(label), -1, mass.shape[-1]).expand(*label.shape, -1)  # a sequence's on all its tokens
-                known = label.flatten() >= 0
+                mass = mass.reshape(len(label), -1, mass.shape[-1])  # [B, T, E], or [B, 1, E] of sequences
+                if unit is not None and mass.shape[1] < len(unit[0].unique()):
+                    unit = (start + torch.arange(len(label)))[:, None].expand_as(label)  # what is routed as a whole is dealt as a whole
+                mass, known = mass.expand(*label.shape, -1), label.flatten() >= 0
                 parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
                 gathered.setdefault((block, name, tuple(names)), []).append(parts)
         start += len(batch[next(iter(batch))])
@@ -868,14 +869,12 @@ def draw(folder, joints):
 # ---------------------------------------------------------------- runs
 def run_folder(args):
     """A fresh runs/TASK-ROUTER-N, or --out, made if it is not there. Raises ValueError for one that is in use."""
-    if args.out is None:
-        folder = next(f for n in range(10**6) if not (f := pathlib.Path("runs", f"{args.task}-{args.router}-{n}")).exists())
-    else:
-        folder = pathlib.Path(args.out)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out {folder} is a file")
-        if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
-            raise ValueError(f"--out {folder} is not empty; choose another or say --overwrite")
+    fresh = (f for n in range(10**6) if not (f := pathlib.Path("runs", f"{args.task}-{args.router}-{n}")).exists())
+    folder = pathlib.Path(args.out) if args.out is not None else next(fresh)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
+        raise ValueError(f"--out {folder} is not empty; choose another or say --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("summary.json", "checkpoint.pt", "tokenizer.json", "sample.html", "patches.svg", "experts.svg", "health.svg"):  # of an earlier run
         (folder / old).unlink(missing_ok=True)
@@ -1054,13 +1053,15 @@ def bench(args, given):
         ms = {what: 1e3 * float(np.median(of)) for what, of in seconds.items()}
         kept = {what: times[what][-1][1] / 2**20 for what in ("layer", "dense")}
         peak = max(peak, 3 * 2 * side**3 / seconds["matmul"].min())
-        share = 3 * 4 * filled * D * args.hidden / (ms["layer"] / 1e3) / peak
         ratios = {"/ " + what: f"{np.median(seconds['layer'] / seconds[what]):.2f}" if what in ms else "-"
                   for what in ("dense", "bare experts", "tensor form")}
         rows.append({"router": name, "ms": f"{ms['layer']:.1f}", **ratios, "tokens/s": f"{1e3 * args.tokens / ms['layer']:,.0f}",
-                     "% of matmul peak": f"{100 * share:.0f}", "MiB kept": f"{kept['layer']:.0f}", "dense MiB": f"{kept['dense']:.0f}"})
+                     "% of matmul peak": "", "MiB kept": f"{kept['layer']:.0f}", "dense MiB": f"{kept['dense']:.0f}"})
         rows[-1] |= {"first step s": f"{first:.1f}"} if args.compile else {}
-        result.append({"router": name, "options": options, "ms": ms, "first_step_s": first, "MiB": kept, "peak_flops": peak})
+        rate = 3 * 4 * filled * D * args.hidden / (ms["layer"] / 1e3)
+        result.append({"router": name, "options": options, "ms": ms, "first_step_s": first, "MiB": kept, "flops_per_second": rate})
+    for row, of in zip(rows, result):  # the peak is known at the end alone
+        row["% of matmul peak"], of["peak_flops"] = f"{100 * of['flops_per_second'] / peak:.0f}", peak
     print(f"{args.tokens} tokens in groups of {args.group_size}, width {args.dim}, hidden {args.hidden}, {args.experts} experts; {device.type}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, matmul peak {peak / 1e9:.0f} GFLOP/s, median of {args.repeats}")
     print(table(rows))
