@@ -162,7 +162,7 @@ def make_parser(task, size, router):
         except argparse.ArgumentError:
             parser.error(f"router option {name} has the name of another flag; call it otherwise")
     losses = parser.add_argument_group("router losses")
-    losses.add_argument("--balance", choices=BALANCE, help="importance and, with noise, load; Switch's; or a selection bias")
+    losses.add_argument("--balance", choices=BALANCE, help="importance and, with noise, load; Switch's; or a selection bias; without a learned gate none by default")
     losses.add_argument("--balance-weight", type=KINDS.at_least_0, help="weight of the balance losses (default: vmoe 0.005 each, switch 0.01)")
     losses.add_argument("--z-loss", type=KINDS.at_least_0, help="weight of the mean squared logsumexp of the logits")
     made = ROUTERS[router].defaults if router in ROUTERS else {}
