@@ -746,15 +746,19 @@ def nmi(joint):
 def nmi_and_null(mass, label, unit, draws=100):
     """[NMI, null mean, null 95 %] of expert with label, for combine mass [N, E], label [N] and unit [N] of N tokens.
 
-    The null deals the units' routings out anew. Within a unit the label is constant (a document for its topic, a token for
+    The null deals the labels of the units out anew. Within a unit the label is constant (a document for its topic, a token for
     its class), or else the routing is (a sequence that is routed as a whole).
     """
     units, index = unit.unique(return_inverse=True)
     routed = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
-    held = mass.new_zeros(len(units), int(label.max()) + 1).index_put((index, label), mass.new_ones(()), accumulate=True)  # [units, labels]
-    share, g = (held / held.sum(1, keepdim=True)).T, seeded("null")
-    null = [nmi(share @ routed[torch.randperm(len(units), generator=g)]) for _ in range(draws)]
-    return [nmi(share @ routed), float(np.mean(null)), float(np.quantile(null, 0.95))]
+    of, L, g = label.new_zeros(len(units)).scatter(0, index, label), int(label.max()) + 1, seeded("null")
+    if (of[index] == label).all():
+        joint = lambda order: routed.new_zeros(L, routed.shape[1]).index_add(0, of[order], routed)
+    else:  # each unit's share of every label
+        held = (index * L + label).bincount(minlength=len(units) * L).view(-1, L).to(routed)  # [units, labels]
+        joint = lambda order: (held[order] / held[order].sum(1, keepdim=True)).T @ routed
+    null = [nmi(joint(torch.randperm(len(units), generator=g))) for _ in range(draws)]
+    return [nmi(joint(torch.arange(len(units)))), float(np.mean(null)), float(np.quantile(null, 0.95))]
 
 
 @torch.no_grad()
