@@ -1,15 +1,17 @@
-"""A GPT with mixture-of-experts blocks, and the text it learns from (2402.13089's side of the set).
+"""A GPT with mixture-of-experts blocks, and the text it learns from (2402.13089).
 
-The model is GPT-2's: pre-LN blocks, learned positions, tied embeddings. Every block that --moe-blocks names (default: all)
-holds an MoE in place of its FFN. A group is one sequence, a token a token: x [B, T, D] is already [G, T, D].
-The study's axes are flags: what is routed (--unit token or sequence), how often (--scope layer or global), to how many
-(--top-k) and by what weights (--router-weights). A routing that lets the future in is refused, unless --allow-leak.
+The model is GPT-2's: pre-LN blocks, learned positions, tied embeddings. Every block that
+--moe-blocks names (default: all) holds an MoE in place of its FFN. A group is a sequence, a token
+is a token: x [B, T, D] is already [G, T, D]. The axes of the study are settings: what is routed
+(--unit), how often (--scope), to how many experts (--top-k), by what weights (--router-weights). A
+routing that lets the future in is refused, unless --allow-leak.
 
-Text comes as documents with topics (the standard library of this Python, a folder, a file) or as nanoGPT's train.bin and
-val.bin. train.py uses the same names here as in moe_vision.py.
+Text comes as documents with topics (the standard library of this Python, a folder, a file) or as
+nanoGPT's train.bin and val.bin. The classes Block, GPT and Text have their twins in moe_vision.py:
+read the two files side by side.
 """
+
 import collections
-import colorsys
 import html
 import itertools
 import json
@@ -18,7 +20,6 @@ import math
 import pathlib
 import platform
 import re
-import sys
 import sysconfig
 
 import numpy as np
@@ -26,29 +27,55 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from routers import MoE, seeded
+from routers import MoE, color, seeded, send
 
-UNSCORED = -100  # label of a position that is not scored
-UNIT, SPLITS = "sequences", ("validation",)  # what examples/s counts; the parts that are evaluated, the last one for the table
-EXAMINED = "all"  # what experts specialise in is asked on both parts: a topic needs many documents to be told from chance
-MORE_IS_BETTER = False  # of the number in the first of columns()
-SIZES = {  # model and budget; every entry has a flag of its own
-    "tiny": dict(dim=128, depth=4, heads=4, hidden=512, context=128, experts=8, steps=400, batch_size=16, lr=3e-3),
-    "small": dict(dim=384, depth=6, heads=6, hidden=1536, context=256, experts=8, steps=5000, batch_size=64, lr=1e-3),
-    "base": dict(dim=768, depth=12, heads=12, hidden=3072, context=1024, experts=4, steps=6000, batch_size=1024, grad_accum=64, lr=9.6e-4),
-}
-LOSSLESS = dict(capacity_factor="none")  # on text nobody is dropped, in training too
-ROUTER_DEFAULTS = {  # where text differs from build_router's defaults; None: settle() or build_model() decides
-    "token_choice": LOSSLESS | dict(balance="switch", renormalize=None),
-    "sinkhorn_token_choice": LOSSLESS | dict(renormalize=None),
-    "sparse_token_choice": LOSSLESS | dict(renormalize=None),
-    "hash": LOSSLESS | dict(num_keys=None),
+UNIT = "sequences"  # what is counted a second
+SPLITS = ("validation",)  # the parts that are evaluated; the last one is for the table
+EXAMINED = "all"  # experts are examined on both parts: to tell topics takes many documents
+MORE_IS_BETTER = False  # of the first of columns()
+POSITION_STD = 0.02  # deviation of positions and embeddings at the start, as in GPT-2
+UNSCORED = -100  # the label of a position that is not scored
+
+SIZES = {  # model and budget; each entry is a setting of its own
+    "tiny": dict(
+        dim=64, depth=4, heads=4, hidden=64, context=64, experts=8, steps=1200, batch_size=64,
+        lr=5e-3, vocab_size=1024,
+    ),
+    "small": dict(
+        dim=384, depth=6, heads=6, hidden=1536, context=256, experts=8, steps=5000, batch_size=64,
+        lr=1e-3, vocab_size=4096,
+    ),
+    "base": dict(
+        dim=768, depth=12, heads=12, hidden=3072, context=1024, experts=4, steps=6000,
+        batch_size=1024, grad_accum=64, lr=9.6e-4, vocab_size=4096,
+    ),
+}  # fmt: skip
+
+SETTINGS = {  # as in train.py: name: (kind, default, what it is)
+    "vocab_size": (
+        "whole",
+        None,
+        "tokens at most, 256 bytes among them; .bin files: all they hold",
+    ),
+    "context": ("whole", None, "tokens in a block"),
+    "score_from": (
+        "whole",
+        None,
+        "first position that is scored; none: 1, or --prefix if it routes",
+    ),
+    "replace_undecodable": (bool, False, "read bytes that are no UTF-8 as U+FFFD"),
+    "unit": (("token", "sequence"), "token", "what is routed"),
+    "pool": (("prefix", "mean"), None, "route a sequence by its beginning (none: this) or by all"),
+    "prefix": ("whole", None, "tokens of that beginning; none: 16"),
+    "scope": (("layer", "global"), "layer", "routed in every block, or once after the embeddings"),
+    "hash_key": (("token", "topic"), None, "hash goes by token (none: this) or topic, an oracle"),
+    "allow_leak": (bool, False, "run a routing that sees the future; results are labelled leaky"),
 }
 
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + FFN or MoE(norm(x)); both steps keep [B, T, D]. run(moe, x) -> y and its Routing."""
+    """x + attention(norm(x)), then x + FFN or MoE(norm(x)); both steps keep [B, T, D]."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -57,66 +84,82 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x, run):
+        """run(moe, x) -> y and its Routing, as the model has it. An FFN has none."""
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, D/heads]
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D))
-        y, routing = run(self.feed, self.norm2(x)) if isinstance(self.feed, MoE) else (self.feed(self.norm2(x)), None)
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        if not isinstance(self.feed, MoE):
+            return x + self.feed(self.norm2(x)), None
+        y, routing = run(self.feed, self.norm2(x))
         return x + y, routing
 
 
 class GPT(nn.Module):
-    """tokens [B, T] -> logits [B, T, V] and {block: Routing}; topic [B] is the key of topic routing.
+    """tokens [B, T] -> logits [B, T, V] and {block: Routing}; topic [B]: the key of topic routing.
 
-    unit="sequence": a sequence is one wide token of T*D numbers, the B of them one group; it is routed by the mean of its
-    first `prefix` positions (None: of all). scope="global": routed once, after the embeddings, for all blocks.
+    unit="sequence": a sequence is one wide token of T*D numbers, the B of them one group, routed by
+    the mean of its first `prefix` positions (None: of all). scope="global": routed once, after the
+    embeddings, for all blocks.
     """
 
-    def __init__(self, vocab_size, context, dim, heads, feeds, unit="token", scope="layer", prefix=None, hash_key="token"):
+    def __init__(self, vocab_size, context, dim, heads, feeds, unit, scope, prefix, hash_key):
         super().__init__()
-        self.context, self.unit, self.scope, self.prefix, self.hash_key = context, unit, scope, prefix, hash_key
+        self.context, self.unit, self.scope = context, unit, scope
+        self.prefix, self.hash_key = prefix, hash_key
         self.embed = nn.Embedding(vocab_size, dim)
-        self.position = nn.Parameter(torch.randn(context, dim) * 0.02)
+        self.position = nn.Parameter(torch.randn(context, dim) * POSITION_STD)
         self.blocks = nn.ModuleList(Block(dim, heads, feed) for feed in feeds)
         self.norm = nn.LayerNorm(dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        self.moes = [feed for feed in feeds if isinstance(feed, MoE)]  # in a plain list: they are registered with their blocks
+        nn.init.normal_(self.embed.weight, std=POSITION_STD)
         if scope == "global":
-            for moe in self.moes:
-                moe.router = self.moes[0].router
+            for moe in self.moes():
+                moe.router = self.moes()[0].router
 
-    def route(self, moe, x, key):
-        """The Routing of x [B, T, D] with key [B, T]: B groups of tokens, or one group of B sequences."""
-        if self.unit == "token":
-            return moe.router(x, key)
-        return moe.router(x[:, : self.prefix].mean(1)[None], key[None, :, 0])
+    def moes(self):
+        return [block.feed for block in self.blocks if isinstance(block.feed, MoE)]
 
     def forward(self, tokens, topic=None):
         B, T = tokens.shape
-        x, routings = self.embed(tokens) + self.position[:T], {}
-        key = topic[:, None].expand(B, T) if self.hash_key == "topic" else tokens
-        shared = self.route(self.moes[0], F.layer_norm(x, x.shape[-1:]), key) if self.scope == "global" and self.moes else None
+        x = self.embed(tokens) + self.position[:T]
+        key = tokens if self.hash_key == "token" else topic[:, None].expand(B, T)
+        shared = None
+        if self.scope == "global" and self.moes():
+            shared = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
 
-        def run(moe, z):
-            routing = shared or self.route(moe, z, key)
-            y, _ = moe(z if self.unit == "token" else z.reshape(1, B, -1), routing=routing)
-            return y.view_as(z), routing
+        def run(moe, x):
+            routing = shared or self.route(moe, x, key)
+            y, _ = moe(x if self.unit == "token" else x.reshape(1, B, -1), routing=routing)
+            return y.view_as(x), routing
 
+        routings = {}
         for i, block in enumerate(self.blocks):
             x, routing = block(x, run)
             if routing is not None:
                 routings[i] = routing
         return F.linear(self.norm(x), self.embed.weight), routings
 
+    def route(self, moe, x, key):
+        """The Routing of x [B, T, D], key [B, T]: B groups of tokens, or one of B sequences."""
+        if self.unit == "token":
+            return moe.router(x, key)
+        return moe.router(x[:, : self.prefix].mean(1)[None], key[None, :, 0])
 
-def build_model(args, data, feed):
-    """The GPT these flags describe; feed(block, tokens) gives each block its FFN or MoE. ValueError for what the data lacks or cannot fit."""
-    if args.hash_key == "topic" and not data.topics:
-        raise ValueError("--hash-key topic needs text in at least two topics: folders below --data, or the standard library")
-    if args.router == "hash" and args.num_keys is None:
-        args.num_keys = len(data.topics) if args.hash_key == "topic" else data.vocab_size
-    feeds = [feed(block, args.context) for block in range(args.depth)]
-    prefix = args.prefix if args.pool == "prefix" else None
-    return GPT(data.vocab_size, args.context, args.dim, args.heads, feeds, args.unit, args.scope, prefix, args.hash_key)
+
+def build_gpt(settings, vocab_size, topics, feed):
+    """The GPT; feed(block) gives each block its FFN or MoE."""
+    if settings.hash_key == "topic" and not topics:
+        raise ValueError(
+            "--hash-key topic needs text in at least two topics: folders below --data, "
+            "or the standard library"
+        )
+    if settings.router == "hash" and settings.num_keys is None:
+        settings.num_keys = len(topics) if settings.hash_key == "topic" else vocab_size
+    feeds = [feed(block) for block in range(settings.depth)]
+    prefix = settings.prefix if settings.pool == "prefix" else None
+    s = settings
+    return GPT(vocab_size, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
 
 
 def moe_blocks(depth):
@@ -124,111 +167,462 @@ def moe_blocks(depth):
     return list(range(depth))
 
 
-def settle(args, router):
-    """Fill in what follows from other flags; returns a remark that labels every result: "", "leaky" or "topic oracle".
+def settle(settings, router, said):
+    """Fill in what follows from other settings; ValueError where they clash, or for a leak.
 
-    router is one as the model will hold, None for dense. Raises ValueError for axes that clash, and for a leak not allowed.
+    router: one as the model will hold, None for dense. Returns what marks every result: "", "leaky"
+    or "topic oracle".
     """
-    wide = args.unit == "sequence"
-    if router is None and (wide or args.scope == "global"):
-        raise ValueError("--unit sequence and --scope global are for routers; --router dense has none")
-    if not wide and (args.pool or args.prefix):
-        raise ValueError("--pool and --prefix are for --unit sequence")
-    if args.hash_key and args.router != "hash":
-        raise ValueError(f"--hash-key is for --router hash, not {args.router}")
-    if wide and torch.distributed.is_initialized():
-        raise ValueError("--unit sequence routes the whole batch as one group; it runs in one process")
-    if wide and (router.chooses != "tokens" or not router.causal or router.options.capacity_factor is not None):
-        raise ValueError(f"--unit sequence needs a dropless router that judges each sequence alone, not {args.router} with these options: "
-                         "one sequence would take another's place")
-    if args.renormalize is None and hasattr(getattr(router, "options", None), "renormalize"):
-        args.renormalize = args.top_k > 1
-    args.hash_key, args.pool, args.prefix = args.hash_key or "token", args.pool or "prefix", args.prefix or 16
-    pools = wide and args.router != "hash"  # hash reads the first token, or the topic
-    args.score_from = args.score_from or (args.prefix if pools and args.pool == "prefix" else 1)
-    for name, used in (("prefix", pools and args.pool == "prefix"), ("score_from", True)):
-        if used and getattr(args, name) > args.context:
-            raise ValueError(f"--{name.replace('_', '-')} must be at most --context {args.context}, got {getattr(args, name)}")
-    why = None
+    whole = settings.unit == "sequence"
+    if whole and torch.distributed.is_initialized():
+        raise ValueError(
+            "--unit sequence routes the whole batch as one group; it runs in one process"
+        )
+    if whole and (
+        router.chooses != "tokens" or not router.causal or router.capacity(1) is not None
+    ):
+        raise ValueError(
+            "--unit sequence needs a dropless router that judges each sequence alone, not "
+            f"{settings.router} with these options: one sequence would take another's place"
+        )
+    if "renormalize" not in said and hasattr(settings, "renormalize"):
+        settings.renormalize = settings.top_k > 1
+    if "vocab_size" not in said and holds_bins(settings.data):
+        settings.vocab_size = None  # as many as the files hold
+    settings.hash_key = settings.hash_key or "token"
+    settings.pool = settings.pool or "prefix"
+    settings.prefix = settings.prefix or 16
+    pools = whole and settings.router != "hash"  # hash reads the first token, or the topic
+    by_prefix = pools and settings.pool == "prefix"
+    if settings.score_from is None:
+        settings.score_from = settings.prefix if by_prefix else 1
+    limited = ["prefix", "score_from"] if by_prefix else ["score_from"]
+    for name in limited:
+        value, flag = getattr(settings, name), name.replace("_", "-")
+        if value > settings.context:
+            raise ValueError(f"--{flag} must be at most --context {settings.context}, got {value}")
+    why = leak(settings, router, pools)
+    if why and not settings.allow_leak:
+        raise ValueError(
+            f"{why}. That flatters the loss on text; --allow-leak runs it all the same, "
+            "every number labelled leaky"
+        )
+    if why:
+        return "leaky"
+    return "topic oracle" if settings.hash_key == "topic" else ""
+
+
+def leak(settings, router, pools):
+    """Why the routing of a token depends on later ones; "" if it does not."""
     if router is not None and not router.causal:
-        why = f"--router {args.router} is not causal with these options: what a token gets depends on later tokens"
-    elif pools and args.pool == "mean":
-        why = "--pool mean routes a sequence by all its tokens, later ones too; --pool prefix does not"
-    elif pools and args.score_from < args.prefix:
-        why = f"--score-from {args.score_from} scores tokens whose routing has read on to position {args.prefix}"
-    if why and not args.allow_leak:
-        raise ValueError(f"{why}. That flatters the loss on text; --allow-leak runs it all the same, every number labelled leaky")
-    return "leaky" if why else "topic oracle" if args.hash_key == "topic" else ""
+        return (
+            f"--router {settings.router} is not causal with these options: what a token gets "
+            "depends on later tokens"
+        )
+    if pools and settings.pool == "mean":
+        return "--pool mean routes a sequence by later tokens too; --pool prefix does not"
+    if pools and settings.score_from < settings.prefix:
+        return (
+            f"--score-from {settings.score_from} scores tokens whose routing has read on to "
+            f"position {settings.prefix}"
+        )
+    return ""
 
 
-def ignored(setting):
-    """Flags of this file without meaning beside the others of {flag: value}: a grid drops them."""
-    if setting.get("--router") == "dense":
-        return {"--unit", "--scope", "--pool", "--prefix", "--hash-key", "--allow-leak"}
-    if setting.get("--router") == "hash":
-        return {"--pool", "--prefix"}
-    return {"--hash-key"} if setting.get("--unit") == "sequence" else {"--hash-key", "--pool", "--prefix"}
+def unused(settings):
+    """{setting: why it means nothing beside the others}."""
+    found = {}
+    if settings.router == "dense":
+        for name in "unit", "scope":
+            found[name] = (
+                "--unit sequence and --scope global are for routers; --router dense has none"
+            )
+    if settings.router != "hash":
+        found["hash_key"] = f"--hash-key is for --router hash, not {settings.router}"
+    if settings.unit != "sequence" or settings.router in ("hash", "dense"):
+        for name in "pool", "prefix":
+            found[name] = (
+                "--pool and --prefix are for --unit sequence and a router that reads tokens"
+            )
+    return found
 
 
-def loss(model, batch):
-    """Cross-entropy on the positions that are scored, counts {name: sum over the batch} for metrics, and the routings."""
-    logits, routings = model(batch["input"], batch.get("topic"))
-    counts = {"count": (batch["label"] >= 0).sum()} | ({"bytes": batch["bytes"].sum()} if "bytes" in batch else {})
-    return F.cross_entropy(logits.flatten(0, 1), batch["label"].flatten(), ignore_index=UNSCORED), counts, routings
+# ---------------------------------------------------------------- what train.py asks of text
+class Text:
+    """Blocks of `context` tokens that never cross documents; or windows of nanoGPT's .bin files.
 
+    parts[name] is tokens [N] and the first of each block [blocks]; of text also each block's
+    document and topic. A batch is {"input": [B, T], "label": [B, T]}, of text also "document" [B],
+    "topic" [B] and "bytes" [B, T], how many bytes each label spells. batch(step, part) gives the
+    slice `part` of the step's batch, the same for every run of one seed; split(name) a part's.
+    """
 
-def metrics(sums):
-    """What is reported, from summed counts and the summed loss in nats: per token, and per byte, which tokenizers share."""
-    mean = sums["loss"] / sums["count"]
-    per_byte = {"bits_per_byte": sums["loss"] / sums["bytes"] / math.log(2)} if "bytes" in sums else {}
-    return {"loss": mean, "perplexity": mean.exp() if isinstance(mean, torch.Tensor) else math.exp(min(mean, 700))} | per_byte
+    def __init__(self, settings, device, folder=None):
+        """folder: the run whose tokenizer is used; None: a new one is learned."""
+        self.seed, self.batch_size = settings.seed, settings.batch_size
+        self.context, self.score_from = settings.context, settings.score_from
+        self.device = torch.device(device)
+        self.parts, self.topics, self.tokenizer, self.facts = {}, [], None, {}
+        if holds_bins(settings.data):
+            self.read_bins(pathlib.Path(settings.data), settings.vocab_size)
+        else:
+            self.read_text(settings, folder)
+        counts = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
+        for part, count in counts.items():
+            if not count:
+                raise ValueError(
+                    f"{self.about}: the {part} part is shorter than one block of "
+                    f"{self.context + 1} tokens"
+                )
+        if self.batch_size > counts["train"]:
+            raise ValueError(
+                f"--batch-size {self.batch_size} is larger than the data: "
+                f"{counts['train']} training blocks"
+            )
+        held = counts["validation"]
+        self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # evenly spread
+        self.about += (
+            f"; {counts['train']} training blocks of {self.context} tokens, "
+            f"{len(self.scored)} of {held} validation blocks"
+        )
+
+    @property
+    def tokens(self):
+        """Tokens in a block."""
+        return self.context
+
+    def build(self, settings, feed):
+        """The GPT; feed(block) gives each block its FFN or MoE."""
+        return build_gpt(settings, self.vocab_size, self.topics, feed)
+
+    def batch(self, step, part=slice(None)):
+        """Epoch by epoch in a fresh order."""
+        count = len(self.parts["train"][1])
+        place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        rows = []
+        for epoch in np.unique(place // count):
+            order = torch.randperm(count, generator=seeded(self.seed, "epoch", int(epoch))).numpy()
+            rows.append(order[place[place // count == epoch] % count])
+        return self.ready("train", np.concatenate(rows)[part])
+
+    def split(self, name):
+        """The validation blocks that are scored; or "all", up to 4096 blocks of all documents."""
+        chosen = [("validation", self.scored)]
+        if name == "all":
+            counts = {part: len(self.parts[part][1]) for part in self.parts}
+            share = min(1, 4096 / sum(counts.values()))
+            chosen = []
+            for part, count in counts.items():
+                rows = np.linspace(0, count - 1, math.ceil(share * count)).astype(int)
+                chosen.append((part, rows))
+        size = max(1, 8192 // self.context)
+        for part, rows in chosen:
+            for i in range(0, len(rows), size):
+                yield self.ready(part, rows[i : i + size])
+
+    def ready(self, part, rows):
+        """These blocks of a part as a batch."""
+        tokens, starts, *of_block = self.parts[part]
+        block = tokens[starts[rows][:, None] + np.arange(self.context + 1)]
+        block = torch.from_numpy(block.astype(np.int64))  # [B, T + 1]
+        label = block[:, 1:].clone()
+        label[:, : self.score_from - 1] = UNSCORED
+        batch = {"input": block[:, :-1], "label": label}
+        for name, values in zip(("document", "topic"), of_block):
+            batch[name] = torch.from_numpy(values[rows])
+        if self.tokenizer:
+            batch["bytes"] = self.bytes_of[label.clamp(min=0)] * (label >= 0)
+        return {name: send(value, self.device) for name, value in batch.items()}
+
+    def loss(self, model, batch):
+        """Cross-entropy where it is scored, counts for metrics() {name: sum}, and the routings."""
+        logits, routings = model(batch["input"], batch.get("topic"))
+        counts = {"count": (batch["label"] >= 0).sum()}
+        if "bytes" in batch:
+            counts["bytes"] = batch["bytes"].sum()
+        label = batch["label"].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), label, ignore_index=UNSCORED)
+        return loss, counts, routings
+
+    def metrics(self, sums):
+        """What is reported, from summed counts and the summed loss in nats.
+
+        loss and perplexity are per token, bits_per_byte can be compared between tokenizers.
+        """
+        mean = sums["loss"] / sums["count"]
+        perplexity = mean.exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
+        told = {"loss": mean, "perplexity": perplexity}
+        if "bytes" in sums:
+            told["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
+        return told
+
+    def labels(self, batch, start):
+        """What an expert's choice may tell: {name: (label [B, T], unit [B, T], the labels' names)}.
+
+        A unit is that on which the label is constant, None where no NMI is wanted; -1 is no label.
+        `start` blocks came before this batch.
+        """
+        if self.tokenizer is None:
+            return {}
+        tokens = batch["input"].cpu()
+        each = start * self.context + torch.arange(tokens.numel()).view_as(tokens)
+        found = {
+            "token": (tokens, None, self.tokenizer.pieces),
+            "token class": (self.class_of[tokens], each, list(self.classes)),
+        }
+        if self.topics:
+            topic = self.rank[batch["topic"].cpu()][:, None].expand(tokens.shape)
+            document = batch["document"].cpu()[:, None].expand(tokens.shape)
+            found["topic"] = topic, document, self.common
+        return found
+
+    @torch.no_grad()
+    def report(self, settings, model, fresh):
+        """Facts of the text; of a leaky model also two figures on 32 blocks.
+
+        as_scored: all tokens at once. as_generated: each token with nothing after it there, as when
+        the model writes.
+        """
+        facts = self.facts | {"vocab_size": self.vocab_size}
+        if settings.remark != "leaky":
+            return facts
+        chosen = self.scored[:: max(1, len(self.scored) // 32)][:32]
+        batch = self.ready("validation", chosen)
+        scored, counts, _ = self.loss(model, batch)
+        generated = 0.0
+        for end in range(settings.score_from, settings.context + 1):
+            logits, _ = model(batch["input"][:, :end], batch.get("topic"))
+            label = batch["label"][:, end - 1]
+            generated += F.cross_entropy(logits[:, -1], label, reduction="sum")
+        for name, loss in ("as_scored", scored * counts["count"]), ("as_generated", generated):
+            told = self.metrics(counts | {"loss": loss})
+            facts[name] = {name: float(value) for name, value in told.items()}
+        return facts
+
+    def files(self):
+        """What a run folder keeps of its data, {file name: content}."""
+        if self.tokenizer is None:
+            return {}
+        lexemes = self.tokenizer.pieces[256:]
+        return {"tokenizer.json": [lexeme.decode("latin-1") for lexeme in lexemes]}
+
+    def tell(self, model, joints):
+        """What is printed of the experts at the end of a run: the commonest tokens of each."""
+        lines = []
+        for block, of in joints.items():
+            if "token" not in of:
+                continue
+            mass, pieces = of["token"]
+            for expert, share in enumerate(mass.T[:-1]):  # the last column is no expert
+                common = [
+                    pieces[i] for i in share.topk(min(12, len(share))).indices if share[i] > 0
+                ]
+                words = [repr(piece.decode("utf-8", "replace"))[1:-1] for piece in common]
+                lines.append(f"block {block}, expert {expert}: {' '.join(words)}")
+        return "\n".join(lines)
+
+    @torch.no_grad()
+    def pictures(self, model, joints):
+        """The report page's part on text: HTML with validation text coloured by expert."""
+        if self.tokenizer is None or not joints:
+            return ""
+        rows = self.scored[:: max(1, len(self.scored) // 3)][:3]
+        batch = self.ready("validation", rows)
+        page = ["<h2>Validation text, coloured by expert</h2>"]
+        for block, routing in self.loss(model, batch)[2].items():
+            mass = routing.mass()
+            E, B = mass.shape[-1], len(rows)
+            expert = mass.argmax(-1).view(B, -1).expand(batch["input"].shape)
+            text = painted(batch["input"].flatten(), expert.flatten(), E, self.tokenizer, on_page)
+            legend = [on_page(f" expert {e} ", *color(e, E, lightness=0.8)) for e in range(E)]
+            page.append(f"<h3>block {block}</h3><p>{' '.join(legend)}</p><pre>{text}</pre>")
+        return "\n".join(page)
+
+    # Reading: what fills parts, topics, tokenizer, about and facts.
+    def read_bins(self, path, vocab_size):
+        """nanoGPT's files: tokens of two bytes; the vocabulary as large as they need."""
+        tokens = {}
+        for part, name in ("train", "train.bin"), ("validation", "val.bin"):
+            file = path / name
+            size = file.stat().st_size if file.is_file() else 0
+            if size < 2 or size % 2:
+                raise ValueError(f"{file} must hold tokens of two bytes each, got {size} bytes")
+            tokens[part] = np.memmap(file, np.uint16, "r")
+        largest = max(int(ids.max()) for ids in tokens.values())
+        self.vocab_size = vocab_size or 64 * (largest // 64 + 1)  # rounded up: products like that
+        for part, ids in tokens.items():
+            if int(ids.max()) >= self.vocab_size:
+                raise ValueError(
+                    f"{path}: {part} holds token {ids.max()}, beyond --vocab-size {self.vocab_size}"
+                )
+            self.parts[part] = ids, np.arange(0, len(ids) - self.context, self.context)
+        self.about = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
+
+    def read_text(self, settings, folder):
+        if settings.vocab_size is not None and settings.vocab_size < 256:
+            raise ValueError(
+                f"--vocab-size must be at least 256 for text, its bytes, got {settings.vocab_size}"
+            )
+        documents = read_documents(settings.data, settings.replace_undecodable)
+        long = [document for document in documents if len(document[2]) > self.context]
+        train, validation = divide(long or documents)
+        if folder:
+            self.tokenizer = Tokenizer.read(folder / "tokenizer.json")
+        else:
+            self.tokenizer = Tokenizer.learn((raw for _, _, raw in train), settings.vocab_size)
+        pieces = self.tokenizer.pieces
+        self.vocab_size = len(pieces)
+        self.bytes_of = torch.tensor([len(piece) for piece in pieces])
+        topics = sorted({topic for topic, _, _ in documents})
+        self.topics = topics if len(topics) > 1 else []
+        used = 0
+        for part, chosen, before in ("train", train, 0), ("validation", validation, len(train)):
+            used += self.cut(part, chosen, topics, before)
+        self.name_topics(topics)
+        code = all(name.endswith(".py") for _, name, _ in documents)
+        self.classes = CODE if code else PROSE
+        kinds = [token_class(i, piece, self.classes) for i, piece in enumerate(pieces)]
+        self.class_of = torch.tensor(kinds)
+        validation_tokens = torch.from_numpy(self.parts["validation"][0])
+        self.facts = {"bytes_per_token": float(self.bytes_of[validation_tokens].double().mean())}
+        size = sum(len(raw) for _, _, raw in documents)
+        name = f"standard library of Python {platform.python_version()}"
+        if settings.data:
+            name = pathlib.Path(settings.data).name
+        self.about = (
+            f"{name}: {len(documents)} documents, {len(topics)} topics, {size / 1e6:.1f} MB "
+            f"({100 - 100 * used / size:.1f} % left out: tails and short documents), vocabulary of "
+            f"{self.vocab_size}, {self.facts['bytes_per_token']:.2f} bytes a token"
+        )
+
+    def cut(self, part, documents, topics, before):
+        """Fill parts[part] with the blocks of these documents; returns how many bytes they hold.
+
+        `before`: how many documents other parts hold, for numbers of their own.
+        """
+        tokens, starts, document, topic = [], [], [], []
+        end = used = 0
+        for number, (name, _, raw) in enumerate(documents):
+            ids = self.tokenizer.encode(raw)
+            blocks = max(0, len(ids) - 1) // self.context
+            starts.append(end + self.context * np.arange(blocks))
+            document.append(np.full(blocks, before + number))
+            topic.append(np.full(blocks, topics.index(name)))
+            tokens.append(ids)
+            end += len(ids)
+            used += int(self.bytes_of[torch.from_numpy(ids[: blocks * self.context])].sum())
+        of_blocks = [
+            np.concatenate(values).astype(np.int64) for values in (starts, document, topic)
+        ]
+        self.parts[part] = np.concatenate(tokens), *of_blocks
+        return used
+
+    def name_topics(self, topics):
+        """The ten topics with the most documents are told apart; rank -1 is any other."""
+        topic_of = {}
+        for _, _, document, topic in self.parts.values():
+            topic_of.update(zip(document.tolist(), topic.tolist()))
+        documents = collections.Counter(topic_of.values())
+        common = sorted(documents, key=lambda topic: (-documents[topic], topic))[:10]
+        self.rank = torch.full((len(topics),), -1)
+        for place, topic in enumerate(common):
+            self.rank[topic] = place
+        self.common = [topics[topic] for topic in common]
 
 
 def columns(summary):
-    """The table's columns that are this task's own, {name: number or None}; the first one decides."""
-    number = lambda part: summary.get(part, {}).get("bits_per_byte")
-    leak = number("as_generated") - number("as_scored") if number("as_generated") else None  # what seeing the future was worth
-    return {"bits/byte": number("validation"), "dropless": number("validation_dropless"), "as generated": leak and number("validation") + leak,
-            "perplexity": summary["validation"]["perplexity"], "vocabulary": summary["vocab_size"],
-            "bytes/token": summary.get("bytes_per_token")}
+    """The table's columns that are this task's own: {name: number or None}."""
+
+    def bits(part):
+        return summary.get(part, {}).get("bits_per_byte")
+
+    as_generated = None
+    if bits(
+        "as_generated"
+    ):  # what seeing the future was worth, on the blocks where both were taken
+        as_generated = bits("validation") + bits("as_generated") - bits("as_scored")
+    return {
+        "bits/byte": bits("validation"),
+        "perplexity": summary["validation"]["perplexity"],
+        "dropless": bits("validation_dropless"),
+        "as generated": as_generated,
+        "vocabulary": summary["vocab_size"],
+        "bytes/token": summary.get("bytes_per_token"),
+    }
+
+
+def load(settings, device, folder=None):
+    """The text that --data names. ValueError for text that is missing, broken or too short."""
+    if settings.data in DATASETS:
+        return DATASETS[settings.data](settings, device, folder)
+    return Text(settings, device, folder)
+
+
+DATASETS = {}  # what --data may name beside a path: {name: a class as Text}
 
 
 # ---------------------------------------------------------------- the tokenizer
-LEXEME = re.compile(rb"[\r\n]+[ \t]*| ?[A-Za-z_\x80-\xff][A-Za-z0-9_\x80-\xff]*| ?[0-9]+| ?([^\w\s])\1*|[ \t]+|.", re.DOTALL)
+LETTER = rb"(?:[A-Za-z_]|[\xc2-\xdf][\x80-\xbf])"  # ASCII, or a character of two bytes
+LEXEME = re.compile(
+    rb"[\r\n]+[ \t]*"  # line ends and the indent after them
+    rb"| ?" + LETTER + rb"(?:" + LETTER + rb"|[0-9])*"  # a word
+    rb"| ?[0-9]+"
+    rb"|[\xe0-\xf7][\x80-\xbf]+"  # one character of three or four bytes: many need no blanks
+    rb"| ?([^\w\s])\1*"  # a run of one mark
+    rb"|[ \t]+|.",
+    re.DOTALL,
+)
+LONGEST = 32  # bytes in a lexeme: a text without blanks must not become one
+
+
+def lexemes(text):
+    """bytes -> their lexemes, in order; together they are the text again."""
+    for match in LEXEME.finditer(text):
+        lexeme = match.group()
+        for start in range(0, len(lexeme), LONGEST):
+            yield lexeme[start : start + LONGEST]
 
 
 class Tokenizer:
-    """Bytes to token ids and back, without loss: 0-255 the bytes, from 256 on the commonest lexemes of the training part.
+    """Bytes to token ids and back, without loss: 0 to 255 are bytes, the others common lexemes.
 
-    A lexeme is a word, a number or a run of one mark, each with its leading blank, a run of blanks, or line ends with the
-    indent after them. One that the vocabulary lacks is cut into its longest known beginnings, at worst into bytes.
+    A lexeme that the vocabulary lacks is cut into its longest known beginnings, at worst bytes.
     """
 
-    def __init__(self, lexemes):
-        self.pieces = [bytes([i]) for i in range(256)] + list(lexemes)
-        self.ids = {lexeme: 256 + i for i, lexeme in enumerate(lexemes)}
-        self.longest = max(map(len, lexemes), default=1)
+    def __init__(self, known):
+        self.pieces = [bytes([i]) for i in range(256)] + list(known)
+        self.ids = {lexeme: 256 + i for i, lexeme in enumerate(known)}
         self.cut = {}  # what was cut before
 
     @classmethod
-    def learn(cls, texts, vocab_size):
-        """The vocab_size - 256 lexemes that cover the most bytes of these texts; fewer if there are fewer."""
-        counts = collections.Counter(match.group() for text in texts for match in LEXEME.finditer(text))
-        ranked = sorted(counts, key=lambda lexeme: (-counts[lexeme] * len(lexeme), lexeme))
-        return cls(ranked[: vocab_size - 256])
+    def learn(cls, texts, vocab_size=None):
+        """The lexemes, met at least twice, that cover the most bytes; vocab_size - 256 at most."""
+        counts = collections.Counter()
+        for text in texts:
+            counts.update(lexemes(text))
+        common = [lexeme for lexeme in counts if counts[lexeme] > 1]
+        common.sort(key=lambda lexeme: (-counts[lexeme] * len(lexeme), lexeme))
+        return cls(common[: (vocab_size or 4096) - 256])
 
     def encode(self, text):
         """bytes -> array [N] of ids."""
-        return np.array([i for match in LEXEME.finditer(text) for i in self.lexeme(match.group())], np.int32)
+        ids = []
+        for lexeme in lexemes(text):
+            known = self.ids.get(lexeme)
+            if known is None:
+                ids.extend(self.split(lexeme))
+            else:
+                ids.append(known)
+        return np.array(ids, np.int32)
 
-    def lexeme(self, lexeme):
-        if lexeme in self.ids:
-            return (self.ids[lexeme],)
+    def split(self, lexeme):
+        """The ids of a lexeme not known as a whole: again and again, its longest beginning."""
         if lexeme not in self.cut:
             ids, start = [], 0
             while start < len(lexeme):
-                ends = range(min(len(lexeme), start + self.longest), start + 1, -1)
-                end = next((end for end in ends if lexeme[start:end] in self.ids), start + 1)
+                end = len(lexeme)
+                while end > start + 1 and lexeme[start:end] not in self.ids:
+                    end -= 1
                 ids.append(self.ids[lexeme[start:end]] if end > start + 1 else lexeme[start])
                 start = end
             self.cut[lexeme] = ids
@@ -239,201 +633,190 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path):
-        """The tokenizer that a run saved, lexemes with a character for each byte. Raises ValueError for another file."""
+        """The tokenizer that a run saved, a character a byte. ValueError for another file."""
         try:
-            lexemes = [lexeme.encode("latin-1") for lexeme in json.loads(path.read_text())]
+            known = [lexeme.encode("latin-1") for lexeme in json.loads(path.read_text("utf-8"))]
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} holds no tokenizer: {error}") from None
-        if b"" in lexemes or len(set(lexemes)) < len(lexemes):
-            raise ValueError(f"{path} holds no tokenizer: an empty lexeme, or one that stands twice")
-        return cls(lexemes)
+        if b"" in known or len(set(known)) < len(known):
+            raise ValueError(
+                f"{path} holds no tokenizer: an empty lexeme, or one that stands twice"
+            )
+        return cls(known)
 
 
-# ---------------------------------------------------------------- what a token is: the first pattern that fits its spelling
-CODE = {"newline and indent": r"[\r\n]", "blank": r"\s+$", "keyword": rf" ?({'|'.join(keyword.kwlist)})$", "number": r" ?\d",
-        "name": r" ?[^\W\d]", "bracket": r" ?[][(){}]", "string or comment mark": r""" ?["'#]""", "operator": r".", "raw byte": ""}
-FUNCTION_WORDS = """a an the this that these those and or but if not as than of to in on at by for with from into is are was were be been has have
-    had will would can could may must i you he she it we they him her us them my your his its our their who which what when where there
-    der die das den dem des ein eine einen einer und oder nicht wenn dass daß auf aus bei mit nach von vor zu zum zur im ist sind wird werden
-    kann sich es er sie auch für le la les un une du au aux et ou ne pas que qui ce cette est sont il elle dans par pour sur avec sans se son
-    sa ses si lo gli uno una di della del dei delle da dal con per non che è sono questo ed come al alla nel nella""".split()
-PROSE = {"blank": r"\s+$", "function word": rf"(?i) ?({'|'.join(FUNCTION_WORDS)})$", "other word": r" ?[^\W\d]", "number": r" ?\d",
-         "punctuation": r".", "raw byte": ""}
+# ---------------------------------------------------------------- what a token is
+CODE = {  # the first pattern that fits its spelling
+    "newline and indent": r"[\r\n]",
+    "blank": r"\s+$",
+    "keyword": rf" ?({'|'.join(keyword.kwlist)})$",
+    "number": r" ?\d",
+    "name": r" ?[^\W\d]",
+    "bracket": r" ?[][(){}]",
+    "string or comment mark": r""" ?["'#]""",
+    "operator": r".",
+    "raw byte": "",
+}
+FUNCTION_WORDS = """
+    a an the this that these those and or but if not as than of to in on at by for with from
+    into is are was were be been has have had will would can could may must i you he she it we
+    they him her us them my your his its our their who which what when where there der die das
+    den dem des ein eine einen einer und oder nicht wenn dass daß auf aus bei mit nach von vor
+    zu zum zur im ist sind wird werden kann sich es er sie auch für le la les un une du au aux
+    et ou ne pas que qui ce cette est sont il elle dans par pour sur avec sans se son sa ses
+    si lo gli uno una di della del dei delle da dal con per non che è sono questo ed come al
+    alla nel nella
+""".split()
+PROSE = {
+    "blank": r"\s+$",
+    "function word": rf"(?i) ?({'|'.join(FUNCTION_WORDS)})$",
+    "other word": r" ?[^\W\d]",
+    "number": r" ?\d",
+    "punctuation": r".",
+    "raw byte": "",
+}
 
 
 def token_class(token, piece, classes):
     """The place in CODE or PROSE of a token, by its spelling alone; ids below 256 are raw bytes."""
-    spelling = "" if token < 256 else piece.decode("utf-8", "replace").replace("\ufffd", "x")  # a cut character counts as a letter
-    return next(i for i, pattern in enumerate(classes.values()) if re.match(pattern, spelling))
+    spelling = piece.decode("utf-8", "replace").replace("\ufffd", "x")  # a cut character: a letter
+    if token < 256:
+        spelling = ""
+    for place, pattern in enumerate(classes.values()):
+        if re.match(pattern, spelling):
+            return place
 
 
-# ---------------------------------------------------------------- text
+# ---------------------------------------------------------------- documents
+def holds_bins(data):
+    """Is this a folder of nanoGPT's files?"""
+    folder = pathlib.Path(data or "nowhere")
+    return (folder / "train.bin").exists() or (folder / "val.bin").exists()
+
+
 def read_documents(path, replace=False):
-    """(topic, name, bytes) of every text: topics are the first-level subfolders of a folder; None: the standard library.
+    """(topic, name, bytes) of every text; topics are the first-level subfolders of a folder.
 
-    Of the library without tests, topics are the top-level packages and modules. Raises ValueError for a path without
-    text, and for bytes that are no UTF-8, unless `replace` makes them U+FFFD.
+    path None: the standard library without its tests; topics are top-level packages and modules.
+    ValueError for a path without text, and for bytes that are no UTF-8 (unless `replace`: U+FFFD).
     """
-    root, documents = pathlib.Path(path or sysconfig.get_paths()["stdlib"]), []
-    without = set() if path else {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
-    inside = [file.relative_to(root) for file in sorted(root.rglob("*" if path else "*.py")) if file.is_file()]
-    for name in [pathlib.Path()] if root.is_file() else inside:
-        if any(part.startswith(".") or part in without for part in name.parts):
-            continue
+    root = pathlib.Path(path or sysconfig.get_paths()["stdlib"])
+    documents = []
+    for name in names_of(root, library=path is None):
         raw = (root / name).read_bytes()
         try:
             raw.decode()
         except UnicodeDecodeError as error:
             if not replace:
-                raise ValueError(f"{root / name} is not UTF-8 at byte {error.start}; --replace-undecodable reads it all the same") from None
+                raise ValueError(
+                    f"{root / name} is not UTF-8 at byte {error.start}; "
+                    "--replace-undecodable reads it all the same"
+                ) from None
             raw = raw.decode("utf-8", "replace").encode()
-        documents.append((name.parts[0].removesuffix(".py") if len(name.parts) > 1 or not path else "", str(name), raw))
+        topic = ""
+        if len(name.parts) > 1 or path is None:
+            topic = name.parts[0].removesuffix(".py")
+        documents.append((topic, str(name), raw))
     if not any(raw for _, _, raw in documents):
         raise ValueError(f"{path} {'holds no text' if root.exists() else 'does not exist'}")
     return documents
 
 
+def names_of(root, library):
+    """The files below a folder, as paths from there; of the library, its Python files alone."""
+    if root.is_file():
+        return [pathlib.Path()]
+    tests = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+    skipped = tests if library else set()
+    names = []
+    for file in sorted(root.rglob("*.py" if library else "*")):
+        name = file.relative_to(root)
+        hidden = any(part.startswith(".") or part in skipped for part in name.parts)
+        if file.is_file() and not hidden:
+            names.append(name)
+    return names
+
+
 def divide(documents):
-    """Training and validation documents: a tenth of each topic, at least one where it has two; of one document, its end."""
+    """Training and validation documents: of each topic a tenth is held out.
+
+    At least one is, where a topic has two; of a lone document, its end.
+    """
     if len(documents) == 1:
-        (topic, name, raw), cut = documents[0], len(documents[0][2]) * 9 // 10
+        topic, name, raw = documents[0]
+        cut = len(raw) * 9 // 10
         while cut < len(raw) and raw[cut] & 0xC0 == 0x80:
             cut += 1  # not inside a character
         return [(topic, name, raw[:cut])], [(topic, name, raw[cut:])]
-    sizes, groups, parts = collections.Counter(topic for topic, _, _ in documents), collections.defaultdict(list), ([], [])
-    for document in sorted(documents, key=lambda d: seeded("validation split", d[1]).initial_seed()):  # an order of no meaning
-        groups[document[0] if sizes[document[0]] > 1 else None].append(document)  # None: topics of a single document
+    sizes = collections.Counter(topic for topic, _, _ in documents)
+    groups = collections.defaultdict(list)
+    mixed = sorted(documents, key=lambda d: seeded("validation split", d[1]).initial_seed())
+    for document in mixed:
+        alone = sizes[document[0]] == 1  # topics of a single document are one group
+        groups[None if alone else document[0]].append(document)
+    train, validation = [], []
     for group in groups.values():
         tenth = max(1, round(len(group) / 10)) if len(group) > 1 else 0
-        parts[0].extend(group[tenth:])
-        parts[1].extend(group[:tenth])
-    return parts
+        train.extend(group[tenth:])
+        validation.extend(group[:tenth])
+    return train, validation
 
 
-class Text:
-    """Blocks of `context` tokens that never cross documents, or windows of nanoGPT's train.bin and val.bin, which may.
+# ---------------------------------------------------------------- sampling, with --sample
+@torch.no_grad()
+def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
+    """`count` more tokens after `tokens`, a list. temperature 0: always the likeliest.
 
-    A part is tokens [N] and the first of each block [blocks], then each block's document and topic (none in .bin files).
+    Else one is drawn from the likeliest that hold top_p of the probability together.
     """
-
-    def __init__(self, args, device):
-        self.seed, self.batch_size, self.device = args.seed, args.batch_size, device
-        self.context, self.score_from = args.context, args.score_from
-        self.parts, self.topics, self.tokenizer, self.facts = {}, [], None, {}
-        path = pathlib.Path(args.data or "")
-        if args.data and ((path / "train.bin").exists() or (path / "val.bin").exists()):
-            self.vocab_size = args.vocab_size or 50304
-            self.about = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
-            for part, file in (("train", path / "train.bin"), ("validation", path / "val.bin")):
-                self.parts[part] = self.read_bin(file)
-        else:
-            self.read_text(args)
-        counts = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
-        for part, count in counts.items():
-            if not count:
-                raise ValueError(f"{self.about}: the {part} part is shorter than one block of {self.context + 1} tokens")
-        if self.batch_size > counts["train"]:
-            raise ValueError(f"--batch-size {self.batch_size} is larger than the data: {counts['train']} training blocks")
-        held = counts["validation"]
-        self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # of a longer part, evenly spread
-        self.about += f"; {counts['train']} training blocks of {self.context} tokens, {len(self.scored)} of {held} validation blocks"
-
-    def read_bin(self, file):
-        size = file.stat().st_size if file.is_file() else 0
-        if size < 2 or size % 2:
-            raise ValueError(f"{file} must hold tokens of two bytes each, got {size} bytes")
-        tokens = np.memmap(file, np.uint16, "r")
-        if tokens.max() >= self.vocab_size:
-            raise ValueError(f"{file} holds token {tokens.max()}, beyond --vocab-size {self.vocab_size}")
-        return tokens, np.arange(0, len(tokens) - self.context, self.context)
-
-    def read_text(self, args):
-        documents = read_documents(args.data, args.replace_undecodable)
-        topics = sorted({topic for topic, _, _ in documents})
-        parts = dict(zip(("train", "validation"), divide([d for d in documents if len(d[2]) > self.context] or documents)))
-        saved = getattr(args, "run", None)  # a finished run's numbers are those of its own tokenizer
-        learned = lambda: Tokenizer.learn((raw for _, _, raw in parts["train"]), args.vocab_size or 4096)
-        self.tokenizer = Tokenizer.read(saved / "tokenizer.json") if saved else learned()
-        pieces, used, first = self.tokenizer.pieces, 0, 0
-        self.vocab_size, length = len(pieces), np.array([len(piece) for piece in pieces])
-        for part, chosen in parts.items():
-            tokens = [self.tokenizer.encode(raw) for _, _, raw in chosen]
-            blocks = np.array([max(0, len(ids) - 1) // self.context for ids in tokens])
-            document, ends = np.repeat(np.arange(len(chosen)), blocks), np.cumsum([len(ids) for ids in tokens])
-            place = np.arange(len(document)) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # a block's number within its document
-            starts = (ends - [len(ids) for ids in tokens])[document] + self.context * place
-            self.parts[part] = np.concatenate(tokens), starts, document + first, np.array([topics.index(d[0]) for d in chosen])[document]
-            first += len(chosen)
-            used += sum(length[ids[: count * self.context]].sum() for ids, count in zip(tokens, blocks))
-        self.bytes_of, self.topics = torch.from_numpy(length), topics if len(topics) > 1 else []
-        documents_of = collections.Counter(dict(zip(*(np.concatenate([self.parts[part][i] for part in parts]) for i in (2, 3)))).values())
-        common = np.array(sorted(documents_of, key=lambda topic: (-documents_of[topic], topic))[:10])  # by documents with a block
-        self.rank = torch.full((len(topics),), -1).scatter(0, torch.tensor(common), torch.arange(len(common)))
-        self.common = [topics[topic] for topic in common]
-        self.classes = CODE if all(name.endswith(".py") for _, name, _ in documents) else PROSE
-        self.class_of = torch.tensor([token_class(i, piece, self.classes) for i, piece in enumerate(pieces)])
-        size = sum(len(raw) for _, _, raw in documents)
-        self.facts = {"bytes_per_token": float(length[self.parts["validation"][0]].mean())}
-        name = pathlib.Path(args.data).name if args.data else f"standard library of Python {platform.python_version()}"
-        self.about = (f"{name}: {len(documents)} documents, {len(topics)} topics, {size / 1e6:.1f} MB ({100 - 100 * used / size:.1f} % left out: "
-                      f"tails and short documents), vocabulary of {self.vocab_size}, {self.facts['bytes_per_token']:.2f} bytes a token")
-
-    def ready(self, part, rows):
-        tokens, starts, *of = self.parts[part]
-        block = torch.from_numpy(tokens[starts[rows][:, None] + np.arange(self.context + 1)].astype(np.int64))
-        label = block[:, 1:].clone()
-        label[:, : self.score_from - 1] = UNSCORED
-        batch = {"input": block[:, :-1], "label": label} | {name: torch.from_numpy(z[rows]) for name, z in zip(("document", "topic"), of)}
-        if self.tokenizer:
-            batch["bytes"] = self.bytes_of[label.clamp(min=0)] * (label >= 0)
-        return {name: value.to(self.device) for name, value in batch.items()}
-
-    def batch(self, step, part=slice(None)):
-        """Epoch by epoch in a fresh order."""
-        count, place = len(self.parts["train"][1]), np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        order = {epoch: torch.randperm(count, generator=seeded(self.seed, "epoch", int(epoch))).numpy() for epoch in np.unique(place // count)}
-        return self.ready("train", np.array([order[p // count][p % count] for p in place])[part])
-
-    def split(self, name):
-        """The validation blocks that are scored, or ("all") up to 4096 blocks evenly spread over all documents; in batches."""
-        size, chosen = max(1, 8192 // self.context), [("validation", self.scored)]
-        if name == "all":
-            counts = {part: len(self.parts[part][1]) for part in self.parts}
-            share = min(1, 4096 / sum(counts.values()))
-            chosen = [(part, np.linspace(0, count - 1, math.ceil(share * count)).astype(int)) for part, count in counts.items()]
-        return (self.ready(part, rows[i : i + size]) for part, rows in chosen for i in range(0, len(rows), size))
+    for step in range(count):
+        context = torch.tensor([tokens[-model.context :]], device=model.position.device)
+        logits, _ = model(context)
+        chance = (logits[0, -1].float().cpu() / max(temperature, 1e-6)).softmax(-1)
+        chance, order = chance.sort(descending=True, stable=True)
+        chance[chance.cumsum(0) - chance >= top_p] = 0  # the first is always kept
+        place = 0
+        if temperature > 0:
+            place = int(chance.multinomial(1, generator=seeded(seed, "sample", step)))
+        tokens = tokens + [int(order[place])]
+    return tokens
 
 
-def load_data(args, device):
-    """The text these flags name. Raises ValueError for text that is missing, broken or too short."""
-    return Text(args, device)
+def sample(model, tokenizer, saved, asked, colored):
+    """Prompt and continuation by the run of `saved` settings; ValueError for what it cannot write.
 
-
-def files(data):
-    """What a run folder keeps of its data, {file name: content}."""
-    return {"tokenizer.json": [lexeme.decode("latin-1") for lexeme in data.tokenizer.pieces[256:]]} if data.tokenizer else {}
-
-
-# ---------------------------------------------------------------- what experts specialise in
-def labels(batch, data, start):
-    """{name: (label [B, T], -1 for none; unit [B, T] on which it is constant, None where no NMI is wanted; the labels' names)}.
-
-    `start` blocks came before this batch.
+    asked: prompt, max_new_tokens, temperature, top_p and seed. colored: for a terminal, by expert.
     """
-    if data.tokenizer is None:
-        return {}
-    tokens, wide = batch["input"].cpu(), lambda of_block: of_block.cpu()[:, None].expand(batch["input"].shape)
-    each = start * data.context + torch.arange(tokens.numel()).view_as(tokens)
-    found = {"token": (tokens, None, data.tokenizer.pieces), "token class": (data.class_of[tokens], each, list(data.classes))}
-    return found | ({"topic": (data.rank[wide(batch["topic"])], wide(batch["document"]), data.common)} if data.topics else {})
+    prompt = tokenizer.encode(asked.prompt.encode("utf-8", "surrogateescape")).tolist()
+    if not prompt:
+        raise ValueError("--prompt is empty; sampling needs something to go on from")
+    pools = saved.unit == "sequence" and saved.router != "hash"
+    if pools and saved.pool == "mean":
+        raise ValueError(
+            "this run routes by the mean of a whole sequence, not there before it is written"
+        )
+    if pools and len(prompt) < saved.prefix:
+        raise ValueError(
+            f"this run routes by the first {saved.prefix} tokens; --prompt has only {len(prompt)}"
+        )
+    count, temperature = asked.max_new_tokens, asked.temperature
+    tokens = generate(model, prompt, count, temperature, asked.top_p, asked.seed)
+    shown = tokens[-model.context :]
+    routings = model(torch.tensor([shown], device=model.position.device))[1]
+    if not colored or not routings:
+        return tokenizer.decode(tokens).decode("utf-8", "replace")
+    mass = list(routings.values())[-1].mass()
+    expert = mass[0].argmax(-1).expand(len(shown))
+    return painted(torch.tensor(shown), expert, mass.shape[-1], tokenizer, on_terminal)
 
 
-def painted(tokens, experts, count, pieces, paint):
-    """Text in which stretches of one expert [N] stand on its colour: paint(text, red, green, blue)."""
+def painted(tokens, experts, num_experts, tokenizer, paint):
+    """Text of tokens [N], stretches of one expert [N] coloured by paint(text, r, g, b)."""
     text = []
-    for expert, stretch in itertools.groupby(zip(tokens, experts), key=lambda pair: pair[1]):
-        rgb = [round(255 * part) for part in colorsys.hls_to_rgb(expert / count, 0.8, 0.8)]
-        text.append(paint(b"".join(pieces[token] for token, _ in stretch).decode("utf-8", "replace"), *rgb))
+    pairs = zip(experts.tolist(), tokens.tolist())
+    for expert, stretch in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        words = tokenizer.decode(token for _, token in stretch).decode("utf-8", "replace")
+        text.append(paint(words, *color(expert, num_experts, lightness=0.8)))
     return "".join(text)
 
 
@@ -444,93 +827,3 @@ def on_terminal(text, *rgb):
 
 def on_page(text, *rgb):
     return f'<span style="background:rgb{rgb}">{html.escape(text)}</span>'
-
-
-@torch.no_grad()
-def show(model, data, joints, folder=None):
-    """Print each expert's commonest tokens and, on a terminal, validation text coloured by expert; write it to sample.html."""
-    if not joints:
-        return
-    pieces, batch = data.tokenizer.pieces, data.ready("validation", data.scored[:: max(1, len(data.scored) // 3)][:3])
-    tokens, page = batch["input"], ["<!doctype html><meta charset=utf-8><title>Text coloured by expert</title>"]
-    for block, routing in loss(model, batch)[2].items():
-        mass, experts = joints[block]["token"][0], routing.mass().argmax(-1).view(len(tokens), -1).expand(tokens.shape)
-        for expert, share in enumerate(mass.T):
-            common = [pieces[i].decode("utf-8", "replace") for i in share.topk(12).indices if share[i] > 0]
-            print(f"block {block}, expert {expert}:", *(repr(piece)[1:-1] for piece in common))
-        stretch = tokens.flatten().tolist(), experts.flatten().tolist(), mass.shape[1], pieces
-        legend = painted([0] * mass.shape[1], range(mass.shape[1]), mass.shape[1], [b" expert "], on_page)
-        page.append(f"<h2>block {block}</h2><p>{legend}</p><pre>{painted(*stretch, on_page)}</pre>")
-    if sys.stdout.isatty():
-        print(f"validation text, coloured by the expert of block {block}:", painted(*stretch, on_terminal), sep="\n")
-    if folder:
-        (folder / "sample.html").write_text("\n".join(page))
-
-
-@torch.no_grad()
-def report(args, model, data, fresh):
-    """Facts of the text; and of a leaky model, on 32 blocks, figures "as scored", all at once, and "as generated": each token
-    predicted with nothing after it there, as when the model writes."""
-    facts = data.facts | {"vocab_size": data.vocab_size}
-    if args.remark != "leaky":
-        return facts
-    batch = data.ready("validation", data.scored[:: max(1, len(data.scored) // 32)][:32])
-    scored, counts, _ = loss(model, batch)
-    generated = 0.0
-    for end in range(args.score_from, args.context + 1):
-        logits, _ = model(batch["input"][:, :end], batch.get("topic"))
-        generated += F.cross_entropy(logits[:, -1], batch["label"][:, end - 1], reduction="sum")
-    told = lambda total: {name: float(value) for name, value in metrics(counts | {"loss": total}).items()}
-    return facts | {"as_scored": told(scored * counts["count"]), "as_generated": told(generated)}
-
-
-# ---------------------------------------------------------------- sampling
-@torch.no_grad()
-def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
-    """`count` more tokens after `tokens` (a list): drawn from the likeliest that hold top_p of the probability; 0 = greedy."""
-    for step in range(count):
-        logits, _ = model(torch.tensor([tokens[-model.context :]], device=model.position.device))
-        chance, order = (logits[0, -1].float().cpu() / max(temperature, 1e-6)).softmax(-1).sort(descending=True, stable=True)
-        chance[chance.cumsum(0) - chance >= top_p] = 0  # the first is always kept
-        tokens = tokens + [int(order[0 if temperature == 0 else chance.multinomial(1, generator=seeded(seed, "sample", step))])]
-    return tokens
-
-
-def sample(args, model, tokenizer, saved):
-    """The text that --sample prints: prompt and continuation, coloured by expert on a terminal. ValueError for what it can't."""
-    prompt = tokenizer.encode(args.prompt.encode()).tolist()
-    if not prompt:
-        raise ValueError("--prompt is empty; sampling needs something to go on from")
-    if saved.hash_key == "topic":
-        raise ValueError("this run routes by topic, and a prompt has none")
-    if saved.unit == "sequence" and saved.router != "hash" and saved.pool == "mean":
-        raise ValueError("this run routes by the mean of a whole sequence, which is not there before it is written")
-    if saved.unit == "sequence" and saved.router != "hash" and len(prompt) < saved.prefix:
-        raise ValueError(f"this run routes by the first {saved.prefix} tokens; --prompt has only {len(prompt)}")
-    tokens = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    routings = model(torch.tensor([tokens[-model.context :]], device=model.position.device))[1] if sys.stdout.isatty() else {}
-    if not routings:
-        return tokenizer.decode(tokens).decode("utf-8", "replace")
-    mass, shown = list(routings.values())[-1].mass(), tokens[-model.context :]
-    return painted(shown, mass[0].argmax(-1).expand(len(shown)).tolist(), mass.shape[-1], tokenizer.pieces, on_terminal)
-
-
-def add_flags(parser, kinds):
-    text = parser.add_argument_group("text")
-    text.add_argument("--data", help="a UTF-8 file, a folder of topics, or nanoGPT's train.bin and val.bin; none: the standard library")
-    text.add_argument("--replace-undecodable", action="store_true", help="read bytes that are no UTF-8 as U+FFFD")
-    text.add_argument("--vocab-size", type=kinds.whole, help="tokens at most; none: 4096, for .bin files 50304")
-    text.add_argument("--context", type=kinds.whole, help="tokens in a block")
-    text.add_argument("--score-from", type=kinds.whole, help="first position that is trained and scored; none: 1, or --prefix where that routes")
-    axes = parser.add_argument_group("axes of the study")
-    axes.add_argument("--unit", choices=("token", "sequence"), default="token", help="what is routed")
-    axes.add_argument("--pool", choices=("prefix", "mean"), help="route a sequence by the mean of its first tokens (none: this) or of all")
-    axes.add_argument("--prefix", type=kinds.whole, help="tokens in that prefix; none: 16")
-    axes.add_argument("--scope", choices=("layer", "global"), default="layer", help="routed in every block, or once after the embeddings")
-    axes.add_argument("--hash-key", choices=("token", "topic"), help="--router hash goes by the token (none: this) or by the topic, an oracle")
-    axes.add_argument("--allow-leak", action="store_true", help="run a routing that sees the future; its numbers are labelled leaky")
-    drawn = parser.add_argument_group("sampling, with --sample")
-    drawn.add_argument("--prompt", default="", help="text to go on from")
-    drawn.add_argument("--temperature", type=kinds.at_least_0, default=0.8, help="0: always the likeliest token")
-    drawn.add_argument("--top-p", type=kinds.positive, default=0.95, help="draw from the likeliest tokens that hold this much probability")
-    drawn.add_argument("--max-new-tokens", type=kinds.whole, default=200, help="tokens to write")

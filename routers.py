@@ -1,20 +1,38 @@
 """Mixture-of-experts routers behind one formulation: a dispatch tensor and a combine tensor.
 
-Axes, the same letters in every file: G groups that are routed independently (an image, a sequence), T tokens in a
-group, D width, E experts, C slots (the capacity) of one expert in one group, K choices of one token.
+A mixture of experts (MoE) holds E small networks, the experts, where a transformer has one. A
+router decides which expert works on which token, and fills two tensors, both [G, T, E, C]:
 
-    slots[g,e,c] = sum_t      dispatch[g,t,e,c] * x[g,t]                      what enters each slot
-    y[g,t]       = sum_{e,c}  combine[g,t,e,c]  * expert_e(slots[g,e,c])      what comes back
+    slots[g,e,c] = sum_t      dispatch[g,t,e,c] * x[g,t]                  what enters each slot
+    y[g,t]       = sum_{e,c}  combine[g,t,e,c]  * expert_e(slots[g,e,c])  what comes back
 
-A router is a way to fill these two tensors. All but Soft MoE and hash answer two small questions: how scores are made
-(softmax, Sinkhorn plan, sparse plan), and who chooses by them (tokens choose experts, or experts choose tokens).
-2401.15969 (Routers in Vision Mixture of Experts) compares TokenChoice, its Sinkhorn twin, the three expert choices and
-Soft. "As published" below means the code in google-research/vmoe at commit 942a78b.
+Axes, the same letters in every file:
+    G  groups that are routed independently (an image, a sequence)     T  tokens in a group
+    D  width of a token                                                E  experts
+    C  slots, or capacity, of one expert in one group                  K  choices of one token
 
-A hard routing is an index in truth (which token sits in slot [g,e,c]) and a gate per slot: dispatch is a gather,
-combine a weighted scatter, and nothing has size T^2. The tensors stay the definition; test_routers.py holds both
-forms equal. Left out: experts spread over machines, and padding masks. To add a router: a class, a line in ROUTERS.
+An example: one group of three tokens, three experts with two slots each, one choice a token
+(token choice). The gates, softmax(logits), are
+
+              expert 0  expert 1  expert 2
+    token 0      .5        .3        .2        All three like expert 0 best. It has two slots:
+    token 1      .6        .1        .3        tokens 0 and 1 are first in line and take them,
+    token 2      .7        .2        .1        token 2 finds none left and is dropped.
+
+    dispatch[0,0,0,0] = 1       combine[0,0,0,0] = .5       y[0] = .5 * expert_0(x[0])
+    dispatch[0,1,0,1] = 1       combine[0,1,0,1] = .6       y[1] = .6 * expert_0(x[1])
+    all others are 0            all others are 0            y[2] = 0
+
+Six routers are compared in Routers in Vision Mixture of Experts (2401.15969): TokenChoice and its
+Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. Every router but Soft
+settles two things: how scores are made, and who chooses by them. "As published" means the code in
+google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from a source.
+
+Read in order: the formulation, how scores are made, losses, routers, experts, the layer. To add a
+router, subclass one and add it to ROUTERS, at the end. Not here: expert parallelism, padding.
 """
+
+import colorsys
 import copy
 import hashlib
 import math
@@ -23,585 +41,922 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 
 # ---------------------------------------------------------------- the formulation
 class Routing:
-    """What a router decided: dispatch and combine [G, T, E, C], and beside them load [E], the share of all assignments
-    that went to each expert before drops; losses {name: scalar}, unweighted; `extras` (logits, ...) as attributes."""
+    """What a router decided.
 
-    def __init__(self, dispatch, combine, load, losses=None, **extras):
-        self._tensors, self.load, self.losses = (dispatch, combine), load, losses or {}
-        self.__dict__.update(extras)
+    dispatch, combine  the two tensors, [G, T, E, C]
+    load               [E], the share of all assignments that each expert received, before drops
+    losses             {name: scalar}, not yet weighted
+    notes              whatever else is worth keeping (logits, gates, ...), as attributes
+    """
+
+    def __init__(self, dispatch, combine, load, losses=None, **notes):
+        self._tensors = dispatch, combine
+        self.load = load
+        self.losses = losses or {}
+        for name, value in notes.items():
+            setattr(self, name, value)
 
     def tensors(self):
-        """dispatch and combine, both [G, T, E, C]: the definition, for reading and testing."""
+        """dispatch and combine, both [G, T, E, C]."""
         return self._tensors
 
     def dispatch(self, x):
-        """Slots [G, E, C, D] that the experts read, from tokens x [G, T, D]."""
-        dispatch = self.tensors()[0].to(x.dtype)
-        return torch.einsum("gts,gtd->gsd", dispatch.flatten(2), x).unflatten(1, dispatch.shape[2:])  # s: all slots (e, c)
+        """Tokens x [G, T, D] -> slots [G, E, C, D]: the first equation."""
+        dispatch, _ = self.tensors()
+        return torch.einsum("gtec,gtd->gecd", dispatch.to(x.dtype), x)
 
     def combine(self, y):
-        """Tokens [G, T, D], from what the experts wrote, y [G, E, C, D]."""
-        return torch.einsum("gts,gsd->gtd", self.tensors()[1].to(y.dtype).flatten(2), y.flatten(1, 2))
+        """The experts' outputs y [G, E, C, D] -> tokens [G, T, D]: the second equation."""
+        _, combine = self.tensors()
+        return torch.einsum("gtec,gecd->gtd", combine.to(y.dtype), y)
 
     def run(self, x, experts):
-        """The two equations: dispatch, let the experts work, combine; x [G, T, D] -> y [G, T, D]."""
+        """Both equations, with the experts at work between them: x [G, T, D] -> y [G, T, D]."""
         return self.combine(experts(self.dispatch(x)))
 
     def mass(self):
-        """Combine weight that each token gives each expert, [G, T, E]."""
-        return self.tensors()[1].sum(-1)
+        """The weight that each token gives each expert, [G, T, E]."""
+        _, combine = self.tensors()
+        return combine.sum(-1)
 
     def counts(self):
-        """How many slots each token sits in, [G, T]; 0 means dropped. Every token is in every soft slot."""
-        return (self.tensors()[0] != 0).sum((2, 3))
+        """In how many slots each token sits, [G, T]; 0 means dropped. Soft: in all of them."""
+        dispatch, _ = self.tensors()
+        return (dispatch != 0).sum((2, 3))
 
 
 class HardRouting(Routing):
-    """One token, or none, in a slot: index [G, E, C] names it, T where empty; gate [G, E, C] is its combine weight.
+    """A routing with at most one token in a slot, as gather and scatter: nothing has size T*T.
 
-    Slots lie expert by expert in memory, so that one batched product over E reads them without a copy. A ragged routing
-    (dropless: few experts fill the largest load) is run on its filled slots alone.
+    index   [G, E, C], the token in each slot; T where the slot is empty
+    weight  [G, E, C], the combine weight of each slot; 0 where it is empty
+    filled  for a dropless routing, where C is the largest load and most slots are empty: how many
+            slots of each expert are filled, a list of E numbers. Then only those are computed.
     """
 
-    def __init__(self, index, gate, tokens, load, losses=None, ragged=False, **extras):
-        super().__init__(None, None, load, losses, index=index, gate=gate, tokens=tokens, ragged=ragged, **extras)
-        start = torch.arange(len(index), device=index.device)[:, None, None] * tokens
-        self._rows = (index.clamp(max=tokens - 1) + start).transpose(0, 1).flatten()  # [E*G*C] rows of x as [G*T, D]
+    def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
+        super().__init__(None, None, load, losses, **notes)
+        self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
+        # The row of x.flatten(0, 1) that each slot reads, ordered [E, G, C] so that one batched
+        # product over E needs no copy. An empty slot reads its group's last token, with weight 0.
+        group = torch.arange(len(index), device=index.device)[:, None, None]
+        rows = group * tokens + index.clamp(max=tokens - 1)
+        self._rows = rows.transpose(0, 1).flatten()
 
     def tensors(self):
-        dispatch = F.one_hot(self.index, self.tokens + 1)[..., :-1].permute(0, 3, 1, 2).to(self.gate.dtype)  # [G, T, E, C]
-        return dispatch, dispatch * self.gate[:, None]
+        dispatch = F.one_hot(self.index, self.tokens + 1)[..., :-1]  # [G, E, C, T]
+        dispatch = dispatch.permute(0, 3, 1, 2).to(self.weight.dtype)  # [G, T, E, C]
+        return dispatch, dispatch * self.weight[:, None]
 
     def gather(self, x):
-        """Slots as dispatch has them, but with some token in the empty ones: whatever comes of it, their gate is 0."""
+        """The slots as dispatch gives them, but with some token in the empty ones."""
         G, E, C = self.index.shape
-        return x.reshape(-1, x.shape[-1]).index_select(0, self._rows).view(E, G, C, -1).transpose(0, 1)  # [G, E, C, D]
+        slots = x.flatten(0, 1).index_select(0, self._rows)
+        return slots.view(E, G, C, x.shape[-1]).transpose(0, 1)  # [G, E, C, D]
 
     def dispatch(self, x):
-        return self.gather(x).masked_fill((self.index == self.tokens)[..., None], 0)
+        empty = self.index == self.tokens
+        return self.gather(x).masked_fill(empty[..., None], 0)
 
     def combine(self, y):
         G, E, C, D = y.shape
-        weighted = y.transpose(0, 1) * self.gate.transpose(0, 1)[..., None].to(y.dtype)  # [E, G, C, D]
-        return y.new_zeros(G * self.tokens, D).index_add_(0, self._rows, weighted.reshape(-1, D)).view(G, -1, D)
+        weight = self.weight.to(y.dtype)[..., None]
+        weighted = (y.transpose(0, 1) * weight.transpose(0, 1)).reshape(-1, D)  # [E*G*C, D]
+        tokens = y.new_zeros(G * self.tokens, D).index_add_(0, self._rows, weighted)
+        return tokens.view(G, self.tokens, D)
 
     def run(self, x, experts):
-        if not self.ragged:
+        if self.filled is None or not hasattr(experts, "ragged"):
             return self.combine(experts(self.gather(x)))
-        filled = (self.index < self.tokens).transpose(0, 1).flatten().nonzero().flatten()  # [N], expert by expert
-        rows, gate = self._rows[filled], self.gate.transpose(0, 1).reshape(-1, 1)[filled]
-        counts = (self.index < self.tokens).sum((0, 2)).tolist()
-        y = experts.ragged(x.flatten(0, 1).index_select(0, rows), counts)  # [N, D]
-        return y.new_zeros(x.shape).flatten(0, 1).index_add_(0, rows, y * gate.to(y.dtype)).view_as(x)
-
-    def _scatter(self, values):
-        G, E, _ = self.index.shape
-        return values.new_zeros(G, E, self.tokens + 1).scatter_add(2, self.index, values)[..., :-1].mT  # [G, T, E]
+        seated = (self.index < self.tokens).transpose(0, 1).flatten()
+        # The number of filled slots is known, so that nothing here waits for the device.
+        slot = seated.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
+        rows = self._rows[slot]
+        y = experts.ragged(x.flatten(0, 1).index_select(0, rows), self.filled)  # [N, D]
+        weighted = y * self.weight.transpose(0, 1).reshape(-1, 1)[slot].to(y.dtype)
+        return y.new_zeros(x.shape).flatten(0, 1).index_add_(0, rows, weighted).view_as(x)
 
     def mass(self):
-        return self._scatter(self.gate)
+        return self._by_token(self.weight)
 
     def counts(self):
-        return self._scatter(torch.ones_like(self.index)).sum(-1)
+        return self._by_token(torch.ones_like(self.index)).sum(-1)
+
+    def _by_token(self, values):
+        G, E, _ = self.index.shape
+        sums = values.new_zeros(G, E, self.tokens + 1).scatter_add(2, self.index, values)
+        return sums[..., :-1].mT  # [G, T, E]
 
 
 def top(scores, k, dim):
-    """Indices of the k largest along dim, falling, the lower index first among equals (torch.topk promises no order)."""
+    """Indices of the k largest along dim, falling; among equals the lower index comes first.
+
+    torch.topk does not promise that order, a stable sort does.
+    """
     if k == 1:
         return scores.argmax(dim, keepdim=True)
-    if scores.device.type == "cpu" and k < scores.shape[dim] and not torch.compiler.is_compiling():
-        value, index = scores.topk(k + 1, dim)
-        if (value.diff(dim=dim) < 0).all():  # no equals: a quarter of the sort's time
-            return index.narrow(dim, 0, k)
     return scores.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, k)
 
 
 def queue(wants, capacity):
-    """Each expert takes the first `capacity` (None: all) who want it, of N candidates in line; wants [G, N, E] bool.
+    """N candidates stand in line; each expert takes the first C that want it.
 
-    Returns the candidate's number for each slot, [G, E, C], N where empty.
+    wants [G, N, E], bool; capacity C -> [G, E, C], the candidate in each slot, N where it is empty:
+
+        dispatch[g,n,e,c] = 1  where wants[g,n,e] and n is the c-th in line for e
     """
-    place = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many want e up to here
-    C = capacity or max(1, int(place[..., -1].max()))
-    nth = torch.arange(1, C + 1, dtype=torch.int32, device=wants.device).repeat(*place.shape[:2], 1)
-    return torch.searchsorted(place, nth)  # the first candidate by whom there are c
+    place = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
+    nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
+    # That only grows along the line: the c-th who wants e is the first n at which it is c.
+    return torch.searchsorted(place, nth.repeat(*place.shape[:2], 1))
 
 
 # ---------------------------------------------------------------- how scores are made
 def sinkhorn_plan(logits, iterations=20):
-    """Entropic optimal transport of tokens to experts: argmin_P <P, -logits> + sum P log P, rows 1, columns T/E.
+    """Entropic optimal transport of tokens to experts (S-BASE, 2202.01169).
 
-    logits [G, T, E] -> plan [G, T, E] (S-BASE 2202.01169). Tokens are scaled last, so rows are exact and columns nearly
-    so. Differs from the published code: in the log domain, so that no logits overflow; its gradient is the unrolled loop's.
+        argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
+
+    logits [G, T, E] -> plan [G, T, E]. Tokens are scaled last: rows sum to 1 up to rounding (in
+    float32, of logits of size s, to about s * 1e-7). Columns are near T/E for logits a few units
+    apart, as a router's are; for logits a hundred apart some are off by half of that or more.
+    Differs: in the log domain, so that no logit overflows. Autograd runs through every iteration.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
     for _ in range(iterations):
-        v = math.log(T / E) - (logits + u).logsumexp(1, keepdim=True)  # [G, 1, E] experts
-        u = -(logits + v).logsumexp(2, keepdim=True)  # [G, T, 1] tokens
+        v = math.log(T / E) - (logits + u).logsumexp(1, keepdim=True)  # [G, 1, E], experts
+        u = -(logits + v).logsumexp(2, keepdim=True)  # [G, T, 1], tokens
     return (logits + u + v).exp()
 
 
 def project(z, k):
-    """Each column z[g, :, e] of [G, T, E] projected on the simplex with at most k non-zeros: its k largest less a threshold."""
-    value = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
-    excess = (value.cumsum(1) - 1) / torch.arange(1, value.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
-    support = (value > excess).sum(1, keepdim=True)  # [G, 1, E], at least 1
-    above, level = z > value[:, -1:], z == value[:, -1:]  # of equals at the k-th place, the first ones are in
-    among = above | (level & (level.cumsum(1) + above.sum(1, keepdim=True) <= k))
-    return (z - excess.gather(1, support - 1)).clamp(min=0) * among
+    """Each column z[g, :, e] of z [G, T, E], projected on the simplex with at most k non-zeros.
+
+    That keeps the k largest entries and takes one threshold off them, so that what stays above it
+    sums to 1. Of equals at the k-th place, the first ones are kept.
+    """
+    largest = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
+    size = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
+    threshold = (largest.cumsum(1) - 1) / size  # for a support of that size
+    support = (largest > threshold).sum(1, keepdim=True).clamp(min=1)  # 0 only if z is not finite
+    last = largest[:, -1:]
+    above, level = z > last, z == last
+    kept = above | (level & (level.cumsum(1) + above.sum(1, keepdim=True) <= k))
+    return (z - threshold.gather(1, support - 1)).clamp(min=0) * kept
 
 
 def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
-    """Optimal transport with at most k non-zeros a column: argmax_P <P, gates> - |P|^2 / 2 (2209.15466, semi-dual).
+    """Optimal transport with at most k non-zeros in a column (2209.15466, its semi-dual).
 
-    gates [G, T, E] -> plan [G, T, E]; columns sum to `column` (T/E if None) exactly, rows to E/T of it roughly: Adam
-    moves alpha, one price a row, along the excess of its sum, and a group stops once that slope's norm is below 1e-3.
-    Differs: the last projection is differentiable in the gates; the published plan has no gradient at all.
+        argmax_P  <P, gates> - |P|^2 / 2,  each column sums to `column` (T/E), each row to 1
+
+    gates [G, T, E] -> plan [G, T, E]. Columns are exact, rows approximate: alpha is a price for
+    each row, and Adam lowers it where the row's sum is too large. A group stops once the norm of
+    these errors is at most 1e-3. Differs: the last projection passes a gradient, as published none.
     """
     G, T, E = gates.shape
     column = T / E if column is None else column
-    scores, row = gates.detach(), column * E / T
+    row = column * E / T  # what each row is to sum to
+    scores = gates.detach()
     alpha = m = v = scores.new_zeros(G, T, 1)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for step in range(1, iterations + 1):
-        slope = column * project((alpha + scores) / column, k).sum(2, keepdim=True) - row  # [G, T, 1]
-        m, v = 0.9 * m + 0.1 * slope, 0.999 * v + 0.001 * slope**2
+        share = project((alpha + scores) / column, k)  # of each column
+        slope = column * share.sum(2, keepdim=True) - row  # [G, T, 1]
+        m = 0.9 * m + 0.1 * slope
+        v = 0.999 * v + 0.001 * slope**2
         move = lr * m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
         alpha = torch.where(running, alpha - move, alpha)
         running = running & (slope.norm(dim=1, keepdim=True) > 1e-3)
     return column * project((alpha + gates) / column, k)
 
 
-# ---------------------------------------------------------------- losses: scalars, means over groups
-def importance_loss(logits):
-    """Squared coefficient of variation of the experts' summed gates; logits [G, T, E], clean (V-MoE 2106.05974, app. A)."""
-    importance = logits.softmax(-1).sum(1)  # [G, E]
+# ---------------------------------------------------------------- losses
+def importance_loss(logits, gates=None):
+    """Squared coefficient of variation of the experts' summed gates (V-MoE 2106.05974, app. A).
+
+    logits [G, T, E], without noise; gates: a router's own probabilities, softmax(logits) if None.
+    """
+    gates = logits.softmax(-1) if gates is None else gates
+    importance = gates.sum(1)  # [G, E]
     return (importance.var(1, correction=0) / importance.mean(1) ** 2).mean()
 
 
 def load_loss(logits, noisy_logits, top_k, noise_std):
-    """Squared coefficient of variation of each expert's chance to be chosen under fresh noise (V-MoE, app. A).
+    """Squared coefficient of variation of each expert's chance to be chosen under fresh noise.
 
-    logits clean, noisy_logits with normal noise of deviation noise_std, both [G, T, E]. Differs from 1701.06538, as
-    the published code does: the threshold is the K-th noisy logit of all experts.
+    logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]
+    (V-MoE, appendix A). Differs from 1701.06538, as the published code does: the threshold is the
+    K-th noisy logit of all experts.
     """
     threshold = noisy_logits.gather(-1, top(noisy_logits, top_k, -1)[..., -1:])  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
     return (chance.var(1, correction=0) / chance.mean(1) ** 2).mean()
 
 
-def balance_loss(logits, expert_index):
-    """(E/K) sum_e f_e P_e, 1 when uniform and E/K at collapse (Switch, 2101.03961, eq. 4-6, for any K).
+def balance_loss(logits, expert_index, gates=None, scope="group"):
+    """(E/K) sum_e f_e P_e: 1 when all is even, E/K at collapse (Switch, 2101.03961, eq. 4 to 6).
 
-    f_e = share of tokens with e among their choices expert_index [G, T, K], before drops; P_e = mean clean gate.
+    f_e is the share of tokens with e among their choices expert_index [G, T, K], before drops; P_e
+    the mean of the gates, softmax(logits) or those given, [G, T, E]. scope: "group" takes f and P
+    of each group; "batch" (2501.11873) of all groups, and f, without gradient, of all processes.
     """
-    E = logits.shape[-1]
-    chosen = F.one_hot(expert_index, E).sum(2).to(logits.dtype).mean(1)  # f [G, E]
-    return E / expert_index.shape[-1] * (chosen * logits.softmax(-1).mean(1)).sum(1).mean()
+    E, K = logits.shape[-1], expert_index.shape[-1]
+    gates = logits.softmax(-1) if gates is None else gates
+    f = F.one_hot(expert_index, E).sum(2).to(gates.dtype).mean(1)  # [G, E]
+    P = gates.mean(1)  # [G, E]
+    if scope == "batch":
+        f, P = f.mean(0, keepdim=True), P.mean(0, keepdim=True)
+        if torch.is_grad_enabled():  # all processes train, but one alone evaluates
+            f = mean_over_processes(f)
+    return E / K * (f * P).sum(1).mean()
 
 
 def z_loss(logits):
-    """Mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, 2202.08906, eq. 5)."""
+    """Mean over tokens of logsumexp(logits)^2, to keep logits small (ST-MoE, 2202.08906, eq. 5)."""
     return logits.logsumexp(-1).square().mean()
 
 
-# ---------------------------------------------------------------- routers
-CHOICES = {"priority": ("token", "choice", "gate"), "combine": ("softmax", "plan"), "gate": ("linear", "mlp"),
-           "weights": ("learned", "frozen", "random", "self")}
-WHOLE = ("dim", "num_experts", "top_k", "iterations", "num_keys", "slots")
+def draw_noise(logits):
+    """Standard normal noise for these logits. train.py replaces it where many processes train."""
+    return torch.randn_like(logits)
+
+
+def mean_over_processes(value):
+    """The value, where one process trains. train.py replaces it where many do."""
+    return value
+
+
+# ---------------------------------------------------------------- what all routers share
+CHOICES = {
+    "priority": ("token", "choice", "gate"),
+    "combine_weights": ("softmax", "plan"),
+    "gate": ("linear", "mlp"),
+    "router_weights": ("learned", "frozen", "random"),
+    "balance_scope": ("group", "batch"),
+}
+WHOLE = ("dim", "num_experts", "top_k", "iterations", "num_keys", "slots", "tokens")
+RANGES = {"noise_std": 1e6, "scale": 1e6, "bias_rate": 1.0}  # numbers from 0 to this
+
+
+def need(held, rule, name, value):
+    if not held:
+        raise ValueError(f"{rule}, got {name}={value!r}")
 
 
 class Router(nn.Module):
-    """Common ground: options and their rules, the gate that gives logits, and the capacity.
+    """What all routers share: options and their rules, the gate, the capacity.
 
-    A subclass says who `chooses` ("tokens", "experts", "threshold" or "soft"), lists its options with their defaults,
-    and writes route(x, key) -> Routing for x [G, T, D] and key [G, T] integers (read by hash alone).
-      top_k            K: a token's choices; for the other routers the budget, T*K*capacity_factor slots for all
-      capacity_factor  slots bought per assignment; None = dropless, where tokens choose
-      noise_std        normal noise on the logits in training, of this standard deviation over E
-      weights          learned; frozen at the start; random: drawn anew each step; self: logits = x[..., :E] (2604.00801)
-      gate             linear, or mlp with one hidden layer
-    Raises ValueError for a value against these rules.
+    A subclass says who `chooses` ("tokens", "experts", "threshold" or None), lists its options with
+    their `defaults`, the losses that it `offers` and, by task, the `recipes` by which train.py uses
+    it, and writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
+
+    top_k            K, choices of a token; where experts choose, it only sets the budget: there are
+                     T * K * capacity_factor slots in all
+    capacity_factor  slots for each assignment; None is dropless, where tokens choose
+    noise_std        in training, normal noise of deviation noise_std / E on the logits
+    router_weights   learned; frozen as they start; or random, drawn anew at each step
+    gate             linear, or mlp with one hidden layer
+
+    Raises ValueError, naming rule and value, for a value against these rules.
     """
 
-    chooses, causal, offers, slack = "experts", False, ("z",), 1  # offers: its losses' names; slack: slots over the mean
-    defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0, weights="learned", gate="linear")
+    chooses = "experts"
+    offers = ("z",)
+    recipes = {}
+    margin = 1  # slots over the mean demand
+    defaults = dict(
+        top_k=1, capacity_factor=1.0, noise_std=0.0, router_weights="learned", gate="linear"
+    )
 
     def __init__(self, dim, num_experts, **options):
         super().__init__()
         self.dim, self.num_experts = dim, num_experts
+        for name in options:
+            has = f"it has {', '.join(self.defaults)}"
+            if name not in self.defaults:
+                raise ValueError(f"{type(self).__name__} has no option {name}; {has}")
         self.options = SimpleNamespace(**(self.defaults | options))
-        self.check(dim=dim, num_experts=num_experts, **vars(self.options))
-        self.gate = lambda x: x[..., :num_experts]  # weights="self"
-        if getattr(self.options, "weights", "self") != "self":
-            self.gate = nn.Linear(dim, num_experts, bias=False)
-            if self.options.gate == "mlp":
-                self.gate = nn.Sequential(nn.Linear(dim, dim, bias=False), nn.GELU(), self.gate)
-            self.redraw(self.gate)
-            self.gate.requires_grad_(self.options.weights == "learned")
-            if self.options.weights == "random":
-                self.drawn = copy.deepcopy(self.gate)  # training uses this one, evaluation the fixed self.gate
+        self.check_options()
+        if "router_weights" in self.defaults:
+            self.make_gate()
         if getattr(self.options, "bias_rate", 0):
             self.register_buffer("bias", torch.zeros(num_experts))
 
-    def check(self, **values):
-        """Raise ValueError, naming rule and value, for options that no router or not this one can take."""
-        def need(held, rule, name):
-            if not held:
-                raise ValueError(f"{rule}, got {name}={values[name]!r}")
-
+    def check_options(self):
+        values = dict(dim=self.dim, num_experts=self.num_experts) | vars(self.options)
         for name, value in values.items():
             if name in CHOICES:
-                need(value in CHOICES[name], f"{name} must be one of {', '.join(CHOICES[name])}", name)
-            if name in WHOLE and (name, value) != ("slots", None):
-                need(type(value) is int and value >= 1, f"{name} must be a whole number >= 1", name)
-            if name in ("noise_std", "bias_rate", "scale"):
-                need(type(value) in (int, float) and 0 <= value < math.inf, f"{name} must be a number >= 0", name)
-        E, K, cf = (values[name] for name in ("num_experts", "top_k", "capacity_factor"))
-        held = type(cf) in (int, float) and 0 < cf < math.inf
-        need(cf is None or held, "capacity_factor must be a positive number", "capacity_factor")
-        need(held or self.chooses == "tokens", "capacity_factor=None (dropless) is for routers in which tokens choose", "capacity_factor")
-        need(K <= E, f"top_k must be at most num_experts={E}", "top_k")
-        need(not values.get("renormalize") or K > 1, "renormalize needs top_k >= 2 (the only gate would always be 1)", "top_k")
-        need(values.get("weights") != "self" or E <= self.dim, f"weights='self' needs num_experts <= dim={self.dim}", "num_experts")
-        need(values.get("weights") != "self" or values["gate"] == "linear", "weights='self' has no gate to choose", "gate")
+                rule = f"{name} must be one of {', '.join(CHOICES[name])}"
+                need(value in CHOICES[name], rule, name, value)
+            if name in WHOLE and not (value is None and name in ("slots", "tokens")):
+                whole = type(value) is int and value >= 1
+                need(whole, f"{name} must be a whole number >= 1", name, value)
+            if name in RANGES:
+                number = type(value) in (int, float) and 0 <= value <= RANGES[name]
+                need(number, f"{name} must be a number >= 0, at most {RANGES[name]:g}", name, value)
+        self.check_budget(values)
+
+    def check_budget(self, values):
+        E, K, factor = self.num_experts, values["top_k"], values["capacity_factor"]
+        need(K <= E, f"top_k must be at most num_experts={E}", "top_k", K)
+        number = type(factor) in (int, float) and 0 < factor < math.inf
+        positive = "capacity_factor must be a positive number"
+        need(factor is None or number, positive, "capacity_factor", factor)
+        if factor is None and self.chooses != "tokens":
+            rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
+            need(False, rule, "capacity_factor", factor)
+        if values.get("renormalize"):
+            rule = "renormalize needs top_k >= 2 (the only gate would always be 1)"
+            need(K > 1, rule, "top_k", K)
+        tiny = 0 < values.get("noise_std", 0) < 1e-6
+        need(not tiny, "noise_std must be 0 or at least 1e-6", "noise_std", values.get("noise_std"))
+
+    def make_gate(self):
+        self.gate = nn.Linear(self.dim, self.num_experts, bias=False)
+        if self.options.gate == "mlp":
+            hidden = nn.Linear(self.dim, self.dim, bias=False)
+            self.gate = nn.Sequential(hidden, nn.GELU(), self.gate)
+        self.redraw(self.gate)
+        self.gate.requires_grad_(self.options.router_weights == "learned")
+        if self.options.router_weights == "random":
+            self.drawn = copy.deepcopy(self.gate)  # for training; evaluation uses the fixed gate
 
     def redraw(self, gate, generator=None):
-        """Fresh normal weights of standard deviation dim^-1/2: unit-variance logits for unit-variance tokens."""
+        """Fresh weights of deviation dim^-1/2: unit-variance logits for unit-variance tokens."""
         with torch.no_grad():
             for weight in gate.parameters():
-                weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).normal_(0, self.dim**-0.5, generator=generator))
-
-    def capacity(self, tokens):
-        """Slots of one expert in a group of so many tokens: C = ceil(T*K*cf/E), at most T unless tokens choose."""
-        if tokens < 1:
-            raise ValueError(f"a group needs at least 1 token, got {tokens}")
-        if self.options.capacity_factor is None:
-            return None
-        C = math.ceil(self.slack * tokens * self.options.top_k * self.options.capacity_factor / self.num_experts)
-        return C if self.chooses == "tokens" else min(C, tokens)
-
-    def logits(self, x):
-        """Clean and noisy logits [G, T, E] of tokens x [G, T, D]; at least float32, whatever autocast says."""
-        weights, noise_std = self.options.weights, getattr(self.options, "noise_std", 0)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            gate = self.drawn if weights == "random" and self.training else self.gate
-            logits = gate(x)
-            noisy = logits + torch.randn_like(logits) * (noise_std / self.num_experts) if self.training and noise_std else logits
-            return logits, noisy
-
-    def scores(self, logits, noisy):
-        """What decides the routing and what weighs the outputs, both [G, T, E]; here the softmax is both."""
-        gates = noisy.softmax(-1)
-        return gates, gates
-
-    def forward(self, x, key=None):
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"a router needs tokens [G, T, {self.dim}], got {list(x.shape)}")
-        return self.route(x, key)
-
-    @torch.no_grad()
-    def update(self, routings, generator=None):
-        """Once per optimiser step, with the step's routings: whatever no gradient moves. Nothing else moves buffers."""
-        if getattr(self.options, "weights", None) == "random":
-            self.redraw(self.drawn, generator)
-
-
-class TokenChoice(Router):
-    """Each token goes to the K experts of its largest gates, if they have a slot left (V-MoE 2106.05974, section 2).
-
-      priority     who queues first: "token" by position, "choice" all first choices (GShard), "gate" the surest token
-                   of each choice (V-MoE's batch priority, section 4)
-      renormalize  divide the K kept gates by their sum (K >= 2)
-      bias_rate    0, or the step u of 2408.15664: experts are chosen by gate + bias, weighed by the gate alone, and
-                   update() moves the bias by u * sign(mean load - load)
-    """
-
-    chooses, offers = "tokens", ("importance", "load", "balance", "z")  # load in training with noise
-    defaults = Router.defaults | dict(priority="token", renormalize=False, bias_rate=0.0)
+                fresh = torch.empty(weight.shape, dtype=weight.dtype)
+                weight.copy_(fresh.normal_(0, self.dim**-0.5, generator=generator))
 
     @property
     def causal(self):
-        """In a queue by position no later token takes a seat; nor does one where nobody is dropped."""
+        """True only if no token's routing can depend on later tokens, with this router's options.
+
+        A causal router may still drop a token in a short prefix that it keeps in a longer text,
+        since its capacity grows with T. Dropless, or with room for every token, it does not.
+        """
+        return False
+
+    def forward(self, x, key=None):
+        """Tokens x [G, T, D] and, for hash, key [G, T] -> Routing. ValueError for other shapes."""
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"a router needs tokens [G, T, {self.dim}], got {list(x.shape)}")
+        if x.shape[1] < 1:
+            raise ValueError("a group needs at least 1 token, got 0")
+        return self.route(x, key)
+
+    def logits(self, x):
+        """Logits [G, T, E] of tokens x [G, T, D], in float32 at least; without noise."""
+        random = self.options.router_weights == "random" and self.training
+        gate = self.drawn if random else self.gate
+        with torch.autocast(x.device.type, enabled=False):
+            z = x.to(torch.promote_types(x.dtype, torch.float32))
+            for part in gate if isinstance(gate, nn.Sequential) else [gate]:
+                if isinstance(part, nn.Linear):
+                    z = F.linear(z, part.weight.to(z.dtype))
+                else:
+                    z = part(z)
+            return z
+
+    def add_noise(self, logits):
+        """In training, logits with noise of deviation noise_std / E; else the logits themselves."""
+        noise_std = getattr(self.options, "noise_std", 0)
+        if not (self.training and noise_std):
+            return logits
+        return logits + draw_noise(logits) * (noise_std / self.num_experts)
+
+    def probabilities(self, logits):
+        """The gates [G, T, E] of these logits. Losses and statistics go by them too."""
+        return logits.softmax(-1)
+
+    def scores(self, logits, noisy):
+        """What decides the routing and what weighs the outputs, both [G, T, E]; here the gates."""
+        gates = self.probabilities(noisy)
+        return gates, gates
+
+    def capacity(self, tokens):
+        """Slots of an expert in a group of so many tokens: C = ceil(T*K*cf / E), at most T."""
         o = self.options
-        return o.priority == "token" or o.capacity_factor is None or (o.priority == "choice" and o.top_k == 1)
+        if o.capacity_factor is None:
+            return None
+        wanted = self.margin * tokens * o.top_k * o.capacity_factor / self.num_experts
+        return math.ceil(min(tokens, wanted))
+
+    @torch.no_grad()
+    def update(self, routings, generator=None):
+        """Move what no gradient moves; call it once per optimiser step, with the step's routings.
+
+        Nothing else changes a buffer. generator: the source of a random router's new weights.
+        """
+        if getattr(self.options, "router_weights", None) == "random":
+            self.redraw(self.drawn, generator)
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name in ("bias", "threshold"):  # moved in small steps: half precision would lose them
+            after = self._buffers.get(name)
+            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before[name].to(after.device, torch.float32)
+        return self
+
+
+# ---------------------------------------------------------------- tokens choose experts
+class TokenChoice(Router):
+    """Each token goes to the K experts of its largest gates, if they have a slot left.
+
+    V-MoE 2106.05974, section 2; Switch 2101.03961. Further options:
+
+    priority       "token": by position. "choice": all first choices, then all second (GShard).
+                   "gate": so too, but of each choice the largest gate first (V-MoE, section 4)
+    renormalize    divide a token's K gates by their sum (K >= 2)
+    bias_rate      0, or the step u of 2408.15664: experts are chosen by gate + bias and weighed by
+                   the gate; update() moves the bias by u * sign(mean load - load)
+    balance_scope  the balance loss counts shares by "group" or over the "batch" (2501.11873)
+    """
+
+    chooses = "tokens"
+    offers = ("importance", "load", "balance", "z")  # load needs noise
+    defaults = Router.defaults | dict(
+        priority="token", renormalize=False, bias_rate=0.0, balance_scope="group"
+    )
+    recipes = {
+        "vision": dict(capacity_factor=None, balance="switch"),
+        "tokens": dict(capacity_factor=None, balance="switch"),
+    }
+
+    @property
+    def causal(self):
+        o = self.options
+        dropless = o.capacity_factor is None
+        return dropless or o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
 
     def route(self, x, key=None):
-        logits, noisy = self.logits(x)
+        logits = self.logits(x)
+        noisy = self.add_noise(logits)
         scores, gates = self.scores(logits, noisy)
         biased = scores + self.bias if self.options.bias_rate else scores
         expert_index = top(biased, self.options.top_k, -1)  # [G, T, K]
-        gate = gates.gather(-1, expert_index)
-        if self.options.renormalize:
-            gate = gate / gate.sum(-1, keepdim=True)
-        losses = {"importance": importance_loss(logits), "balance": balance_loss(logits, expert_index), "z": z_loss(logits)}
-        if noisy is not logits:
-            losses["load"] = load_loss(logits, noisy, self.options.top_k, self.options.noise_std / self.num_experts)
-        return self.seat(expert_index, gate, scores, losses, logits=logits)
+        routing = self.seat(expert_index, self.weigh(gates.gather(-1, expert_index)), scores)
+        routing.logits, routing.gates = logits, self.probabilities(logits)
+        routing.losses = self.balance(routing, noisy)
+        return routing
 
-    def seat(self, expert_index, gate, scores, losses, **extras):
-        """Queue the T*K (token, choice) pairs; expert_index, gate [G, T, K]; scores [G, T, E] rank batch priority."""
+    def weigh(self, weight):
+        """The combine weights of a token's K choices, from their gates [G, T, K]."""
+        if self.options.renormalize:
+            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
+        return weight
+
+    def balance(self, routing, noisy):
+        logits, gates, o = routing.logits, routing.gates, self.options
+        losses = {
+            "importance": importance_loss(logits, gates),
+            "balance": balance_loss(logits, routing.expert_index, gates, o.balance_scope),
+            "z": z_loss(logits),
+        }
+        if noisy is not logits:
+            losses["load"] = load_loss(logits, noisy, o.top_k, o.noise_std / self.num_experts)
+        return losses
+
+    def seat(self, expert_index, weight, scores=None):
+        """Queue the T*K pairs (token, choice), expert_index and weight [G, T, K] -> Routing.
+
+        scores [G, T, E] tell who is the surest, for priority="gate".
+        """
         G, T, K = expert_index.shape
-        rank = top(scores.amax(-1), T, -1) if self.options.priority == "gate" else torch.arange(T, device=gate.device).expand(G, T)
-        pair = rank[..., None] * K + torch.arange(K, device=gate.device)  # [G, T, K], the pair's number in the flat [T*K]
-        pair = (pair if self.options.priority == "token" else pair.mT).flatten(1)  # [G, T*K] in queue order
-        wants = expert_index.flatten(1).gather(1, pair)[..., None] == torch.arange(self.num_experts, device=gate.device)
-        C = self.capacity(T) or (T if torch.compiler.is_compiling() else None)  # a compiled graph knows no queue lengths
-        place = queue(wants, C).flatten(1)  # [G, E*C]
-        pair = F.pad(pair, (0, 1), value=T * K).gather(1, place)  # T*K where the slot is empty
-        slot_gate = F.pad(gate.flatten(1), (0, 1)).gather(1, pair)
-        shape = (G, self.num_experts, -1)
-        load = wants.sum((0, 1)).to(gate.dtype) / (G * T * K)
-        return HardRouting((pair // K).view(shape), slot_gate.view(shape), T, load, losses, C is None, expert_index=expert_index, **extras)
+        device = expert_index.device
+        token = torch.arange(T, device=device).expand(G, T)
+        if self.options.priority == "gate":
+            token = top(scores.amax(-1), T, -1)  # [G, T], the surest first
+        pair = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K], its number
+        if self.options.priority != "token":
+            pair = pair.mT  # [G, K, T]: all first choices stand before any second
+        pair = pair.flatten(1)  # [G, T*K], in the order of the line
+        wanted = expert_index.flatten(1).gather(1, pair)
+        wants = wanted[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
+        C, filled = self.slots(wants, T)
+        place = queue(wants, C).flatten(1)  # [G, E*C], T*K where a slot is empty
+        pair = F.pad(pair, (0, 1), value=T * K).gather(1, place).view(G, self.num_experts, C)
+        weight = F.pad(weight.flatten(1), (0, 1)).gather(1, pair.flatten(1)).view_as(pair)
+        load = wants.sum((0, 1)).to(weight.dtype) / max(1, G * T * K)
+        return HardRouting(pair // K, weight, T, load, filled=filled, expert_index=expert_index)
+
+    def slots(self, wants, tokens):
+        """C, and for a dropless routing how many slots each expert fills."""
+        C = self.capacity(tokens)
+        if C is not None:
+            return C, None
+        if torch.compiler.is_compiling():
+            return tokens, None  # a compiled graph knows no loads: room for every token
+        load = wants.sum(1)  # [G, E]
+        largest = load.sum(0) if len(load) == 0 else load.amax(0)
+        numbers = torch.stack([load.sum(0), largest]).tolist()  # the only wait for the device
+        return max(1, *numbers[1]), numbers[0]
 
     @torch.no_grad()
     def update(self, routings, generator=None):
         super().update(routings, generator)
         if getattr(self.options, "bias_rate", 0):
             load = torch.stack([routing.load.to(self.bias) for routing in routings]).mean(0)
+            load = mean_over_processes(load)
             self.bias += self.options.bias_rate * (1 / self.num_experts - load).sign()
             self.bias -= self.bias.mean()  # only differences choose
 
 
-class ExpertChoice(Router):
-    """Each expert takes the C tokens with the largest gates for it (2202.09368, section 3.2). Never causal."""
+class SinkhornTokenChoice(TokenChoice):
+    """Tokens choose by a Sinkhorn plan of the noisy logits (S-BASE, 2202.01169). Never causal.
 
-    def route(self, x, key=None):
-        logits, noisy = self.logits(x)
-        scores, gates = self.scores(logits, noisy)
-        index = top(scores, self.capacity(x.shape[1]), 1).mT  # [G, E, C]
-        load = torch.full_like(logits[0, 0], 1 / self.num_experts)
-        return HardRouting(index, gates.mT.gather(2, index), x.shape[1], load, {"z": z_loss(logits)}, logits=logits)
+    combine_weights  the outputs are weighed by the softmax, or by the plan
+    iterations       of Sinkhorn's algorithm
+    """
 
+    defaults = TokenChoice.defaults | dict(iterations=20, combine_weights="softmax")
+    recipes = {"vision": dict(capacity_factor=None), "tokens": dict(capacity_factor=None)}
 
-class Sinkhorn:
-    """Scores from a Sinkhorn plan of the noisy logits (S-BASE 2202.01169); outputs weighed by softmax, or by the plan."""
-
-    causal = False  # a plan balances over all tokens
-    extra, lacks = dict(iterations=20, combine="softmax"), ()
+    @property
+    def causal(self):
+        return False  # a plan balances over all tokens
 
     def scores(self, logits, noisy):
-        if self.options.combine == "plan":
+        if self.options.combine_weights == "plan":
             plan = sinkhorn_plan(noisy, self.options.iterations)
             return plan, plan
-        plan = sinkhorn_plan(noisy.detach(), self.options.iterations)  # decides only: no gradient
-        return plan, (logits if self.chooses == "tokens" else noisy).softmax(-1)  # clean for tokens: so it was published
+        plan = sinkhorn_plan(noisy.detach(), self.options.iterations)  # decides: no gradient
+        return plan, logits.softmax(-1)  # the clean one, as published
 
 
-class Sparse(Sinkhorn):
-    """Scores from a sparse plan of the gates (2209.15466): at most C tokens an expert, or K experts a token. No noise.
+class SparseTokenChoice(TokenChoice):
+    """Tokens choose by a plan with at most K experts a token (2209.15466). Never causal, no noise.
 
-    Where K = 1 a token's plan is 1 at its one expert: combine="plan" then gives the gate of token choice no gradient.
+    combine_weights  the outputs are weighed by the softmax, or by the plan. At K = 1 a token's plan
+                     is 1 at its only expert, so that "plan" gives the router no gradient.
+    iterations       of the solver
     """
 
-    lacks = ("noise_std",)
+    offers = ("importance", "balance", "z")
+    defaults = SinkhornTokenChoice.defaults.copy()
+    del defaults["noise_std"]
+    recipes = {"vision": dict(capacity_factor=None), "tokens": dict(capacity_factor=None)}
+
+    @property
+    def causal(self):
+        return False
 
     def scores(self, logits, noisy):
-        gates, steps = logits.softmax(-1), self.options.iterations
-        decides = gates if self.options.combine == "plan" else gates.detach()
-        if self.chooses == "tokens":  # the same problem, experts and tokens exchanged: every token has mass 1
-            plan = sparse_plan(decides.mT, self.options.top_k, steps, column=1.0).mT
-        else:
-            plan = sparse_plan(decides, self.capacity(gates.shape[1]), steps)
-        return plan, plan if self.options.combine == "plan" else gates
+        gates, o = logits.softmax(-1), self.options
+        decides = gates if o.combine_weights == "plan" else gates.detach()
+        # The same problem with tokens and experts exchanged, every token of mass 1.
+        plan = sparse_plan(decides.mT, o.top_k, o.iterations, column=1.0).mT
+        return plan, plan if o.combine_weights == "plan" else gates
 
 
-def cross(scores, choice):
-    """The router that chooses as one class does, by the scores that another makes."""
-    defaults = {name: value for name, value in (choice.defaults | scores.extra).items() if name not in scores.lacks}
-    offers = tuple(loss for loss in choice.offers if loss != "load" or "noise_std" in defaults)  # a load loss needs noise
-    return type(scores.__name__ + choice.__name__, (scores, choice), {"defaults": defaults, "offers": offers, "__doc__": scores.__doc__})
+class Sigmoid(TokenChoice):
+    """DeepSeek-V3's router (2412.19437, eq. 12 to 16): s = sigmoid(logits), each expert on its own.
 
-
-class Soft(LazyModuleMixin, Router):
-    """Every slot is a convex mix of all tokens, every token of all slots (Soft MoE 2308.00951, section 2). Never causal.
-
-    phi [D, E, C] is a direction per slot; scale, learned, sharpens all mixes. It starts at 1 as published, where they are
-    all but uniform: a short training does well to start it at 10. C = slots, or else round(T*K*cf/E), at least 1, for the T
-    of the first call.
+    A token goes to the K largest s + bias, weighed by s over the sum of its K chosen s; update()
+    moves the bias by bias_rate. Differs: at K = 1 that weight would always be 1 and the router
+    would not learn from the task, so s itself weighs. As probabilities, s over the sum of all s.
     """
 
-    chooses, offers = "soft", ()
-    defaults = dict(top_k=1, capacity_factor=1.0, slots=None, scale=1.0)
+    offers = ("importance", "balance", "z")
+    defaults = TokenChoice.defaults | dict(bias_rate=1e-3)
+    del defaults["renormalize"], defaults["noise_std"]
+    recipes = {
+        "vision": dict(capacity_factor=None, balance="bias"),
+        "tokens": dict(capacity_factor=None, balance="bias"),
+    }
 
-    def __init__(self, dim, num_experts, **options):
-        super().__init__(dim, num_experts, **options)
-        self.phi, self.scale = nn.UninitializedParameter(), nn.Parameter(torch.tensor(float(self.options.scale)))
-        if self.options.slots:
-            self.initialize_parameters()
+    def probabilities(self, logits):
+        return F.logsigmoid(logits).softmax(-1)  # s / sum s, also where every s underflows
 
-    def initialize_parameters(self, x=None, key=None):
-        if self.has_uninitialized_params():
-            o = self.options
-            C = o.slots or max(1, round(x.shape[1] * o.top_k * o.capacity_factor / self.num_experts))
-            self.phi.materialize((self.dim, self.num_experts, C))
-            nn.init.normal_(self.phi, std=self.dim**-0.5)
+    def scores(self, logits, noisy):
+        gates = logits.sigmoid()
+        return gates, gates
 
-    def route(self, x, key=None):
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            unit = lambda z, dim: z * (z.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
-            logits = torch.einsum("gtd,dec->gtec", unit(x, -1), self.scale * unit(self.phi, 0))
-            dispatch = logits.softmax(1)  # over tokens: a slot's weights sum to 1
-            combine = logits.flatten(2).softmax(-1).view_as(logits)  # over all slots: a token's weights sum to 1
-        return Routing(dispatch, combine, combine.detach().sum(-1).mean((0, 1)), logits=logits)
+    def weigh(self, weight):
+        if self.options.top_k == 1:
+            return weight
+        return weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
 
 
 class Hash(TokenChoice):
-    """A fixed table sends a key (token id, patch position, topic) to K experts, equally weighed (2106.04426).
+    """A fixed table sends a key (token id, patch position, topic) to K experts (2106.04426).
 
-    The table is random and balanced: of keys nE to nE+E-1 each expert gets one. A key from num_keys on goes to key mod
-    E. Without keys, the position is the key. Nothing is learned, and nothing can leak.
+    The table is random and balanced: each run of E keys uses every expert once. A key from num_keys
+    on goes to expert key mod E; further choices are the next experts. Without keys, a token's
+    position is its key. The K experts weigh 1/K each. Nothing is learned, nothing can leak.
     """
 
-    causal, offers = True, ()
+    offers = ()
     defaults = dict(top_k=1, capacity_factor=1.0, num_keys=4096)
+    recipes = {
+        "vision": dict(capacity_factor=None),
+        "tokens": dict(capacity_factor=None, num_keys=None),  # as many keys as tokens
+    }
 
     def __init__(self, dim, num_experts, **options):
-        Router.__init__(self, dim, num_experts, **options)
+        super().__init__(dim, num_experts, **options)
         self.options.priority = "token"
         runs = math.ceil(self.options.num_keys / num_experts)
-        self.register_buffer("table", torch.rand(runs, num_experts).argsort(1).flatten()[: self.options.num_keys])
+        table = torch.rand(runs, num_experts).argsort(1).flatten()
+        self.register_buffer("table", table[: self.options.num_keys])
+
+    @property
+    def causal(self):
+        return True
 
     def route(self, x, key=None):
-        G, T, E, K = *x.shape[:2], self.num_experts, self.options.top_k
-        key = torch.arange(T, device=x.device).expand(G, T) if key is None else key
+        G, T, _ = x.shape
+        E, K = self.num_experts, self.options.top_k
+        if key is None:
+            key = torch.arange(T, device=x.device).expand(G, T)
         if key.shape != (G, T):
             raise ValueError(f"key must be [G, T] = {[G, T]}, got {list(key.shape)}")
         known = (key >= 0) & (key < len(self.table))
-        first = torch.where(known, self.table[key.clamp(0, len(self.table) - 1)], key % E)  # [G, T]
+        first = self.table[key.clamp(0, len(self.table) - 1)]
+        first = torch.where(known, first, key % E)  # [G, T]
         expert_index = (first[..., None] + torch.arange(K, device=x.device)) % E  # [G, T, K]
-        gate = torch.full((G, T, K), 1 / K, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        return self.seat(expert_index, gate, None, {})
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = torch.full((G, T, K), 1 / K, device=x.device, dtype=dtype)
+        return self.seat(expert_index, weight)
+
+
+# ---------------------------------------------------------------- experts choose tokens
+class ExpertChoice(Router):
+    """Each expert takes the C tokens with the largest gates for it (2202.09368, section 3.2).
+
+    Slots are sorted by score, the largest first. Never causal: a token competes with all others.
+    """
+
+    def route(self, x, key=None):
+        G, T, _ = x.shape
+        logits = self.logits(x)
+        noisy = self.add_noise(logits)
+        scores, gates = self.scores(logits, noisy)
+        index = top(scores, self.capacity(T), 1).mT  # [G, E, C]
+        weight = gates.mT.gather(2, index)
+        load = logits.new_full((self.num_experts,), 1 / self.num_experts)
+        losses = {"z": z_loss(logits)}
+        notes = dict(logits=logits, gates=self.probabilities(logits))
+        return HardRouting(index, weight, T, load, losses, **notes)
+
+
+class SinkhornExpertChoice(ExpertChoice):
+    """Experts choose by a Sinkhorn plan of the noisy logits (2401.15969).
+
+    Options: see SinkhornTokenChoice."""
+
+    defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
+
+    def scores(self, logits, noisy):
+        if self.options.combine_weights == "plan":
+            plan = sinkhorn_plan(noisy, self.options.iterations)
+            return plan, plan
+        return sinkhorn_plan(noisy.detach(), self.options.iterations), noisy.softmax(-1)
+
+
+class SparseExpertChoice(ExpertChoice):
+    """Experts choose by a plan with at most C tokens an expert (2209.15466). No noise."""
+
+    defaults = SinkhornExpertChoice.defaults.copy()
+    del defaults["noise_std"]
+
+    def scores(self, logits, noisy):
+        gates, o = logits.softmax(-1), self.options
+        decides = gates if o.combine_weights == "plan" else gates.detach()
+        plan = sparse_plan(decides, self.capacity(gates.shape[1]), o.iterations)
+        return plan, plan if o.combine_weights == "plan" else gates
 
 
 class ExpertThreshold(Router):
-    """A token goes to every expert whose gate reaches that expert's threshold (2603.11535): causal expert choice.
+    """A token goes to every expert whose gate reaches that expert's threshold (2603.11535).
 
-    update() keeps the threshold at a running mean of the gates' (1 - K/E) quantile in a group, so that a token meets K
-    experts on average; before, it is 1/E. Tokens queue by position for C = min(T, ceil(2*T*K*cf/E)) slots, always.
+    Expert choice made causal: update() keeps the threshold at a running mean of the (1 - K/E)
+    quantile of the gates in a group, so that a token meets K experts on average. It starts at 1/E.
+    Tokens queue by position for C = ceil(2*T*K*cf / E) slots, at most T.
     """
 
-    chooses, causal = "threshold", True
-    decay, slack = 0.9, 2
+    chooses = "threshold"
+    margin = 2
+    decay = 0.9
 
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
         self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
+    @property
+    def causal(self):
+        return True
+
     def route(self, x, key=None):
-        logits, noisy = self.logits(x)
-        gates = noisy.softmax(-1)
+        G, T, _ = x.shape
+        logits = self.logits(x)
+        noisy = self.add_noise(logits)
+        gates = self.probabilities(noisy)
         wants = gates >= self.threshold  # [G, T, E]
-        index = queue(wants, self.capacity(x.shape[1]))  # [G, E, C]
-        gate = F.pad(gates.mT, (0, 1)).gather(2, index)
-        quantile = gates.detach().quantile(1 - self.options.top_k / self.num_experts, dim=1).mean(0)  # [E]
+        index = queue(wants, self.capacity(T))  # [G, E, C]
+        weight = F.pad(gates.mT, (0, 1)).gather(2, index)
+        share = 1 - self.options.top_k / self.num_experts
+        quantile = self.threshold  # of no group: as it is
+        if G > 0:
+            quantile = gates.detach().quantile(share, dim=1).mean(0)  # [E]
         load = wants.sum((0, 1)) / wants.sum().clamp(min=1)
-        return HardRouting(index, gate, x.shape[1], load, {"z": z_loss(logits)}, logits=logits, quantile=quantile)
+        losses = {"z": z_loss(logits)}
+        notes = dict(logits=logits, gates=self.probabilities(logits), quantile=quantile)
+        return HardRouting(index, weight, T, load, losses, **notes)
 
     @torch.no_grad()
     def update(self, routings, generator=None):
         super().update(routings, generator)
-        quantile = torch.stack([routing.quantile.to(self.threshold) for routing in routings]).mean(0)
+        quantile = torch.stack([r.quantile.to(self.threshold) for r in routings]).mean(0)
+        quantile = mean_over_processes(quantile)
+        quantile = torch.where(quantile.isfinite(), quantile, self.threshold)  # one NaN token: wait
         self.threshold.lerp_(quantile, torch.where(self.updates > 0, 1 - self.decay, 1.0))
         self.updates += 1
 
 
+# ---------------------------------------------------------------- nobody chooses
+class Soft(Router):
+    """Each slot is a mix of all tokens, each output a mix of all slots (2308.00951, section 2).
+
+    phi [D, E, C] is a direction for each slot. scale, learned, sharpens all mixes: it starts at 1
+    as published, where they are all but uniform; a short training does well to start it at 10.
+    Never causal. Options: slots, C itself; or tokens, a group's T, for C = round(T*K*cf / E).
+    """
+
+    chooses = None
+    offers = ()
+    defaults = dict(top_k=1, capacity_factor=1.0, slots=None, tokens=None, scale=1.0)
+
+    def __init__(self, dim, num_experts, **options):
+        super().__init__(dim, num_experts, **options)
+        o = self.options
+        if o.slots is None:
+            rule = "soft needs slots, or the tokens of a group to count them from"
+            need(o.tokens is not None, rule, "slots", o.slots)
+            wanted = o.tokens * o.top_k * o.capacity_factor / num_experts
+            o.slots = max(1, round(min(wanted, 2.0**31)))
+        self.phi = nn.Parameter(torch.empty(dim, num_experts, o.slots))
+        nn.init.normal_(self.phi, std=dim**-0.5)
+        self.scale = nn.Parameter(torch.tensor(float(o.scale)))
+
+    def route(self, x, key=None):
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            direction = self.scale.to(x.dtype) * unit(self.phi.to(x.dtype), 0)
+            logits = torch.einsum("gtd,dec->gtec", unit(x, -1), direction)
+            dispatch = logits.softmax(1)  # over tokens: a slot's weights sum to 1
+            combine = logits.flatten(2).softmax(-1)  # over slots: a token's weights sum to 1
+        load = combine.detach().view_as(logits).sum(-1).mean((0, 1))
+        return Routing(dispatch, combine.view_as(logits), load, logits=logits, gates=combine)
+
+
+def unit(z, dim):
+    return z * (z.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
+
+
 # ---------------------------------------------------------------- experts and the layer
 class Experts(nn.Module):
-    """E two-layer perceptrons with GELU, stacked, each run on its own slots by one batched product a layer.
+    """E two-layer perceptrons with GELU, their weights stacked, run by one batched product a layer.
 
-    init: "independent", each as nn.Linear starts, or "identical", all like the first (V-MoE); routing parts them.
+    init: "independent", each as nn.Linear starts; "identical", all like the first, as in V-MoE,
+    where routing alone sets them apart. To change what an expert computes, see `expert`.
     """
+
+    biases = ("b1", "b2")  # [E, 1, H], but biases: no weight decay
 
     def __init__(self, num_experts, dim, hidden, init="independent"):
         super().__init__()
-        if init not in ("independent", "identical"):
-            raise ValueError(f"init must be one of independent, identical, got {init!r}")
-        self.w1, self.b1 = (nn.Parameter(torch.empty(num_experts, n, hidden)) for n in (dim, 1))
-        self.w2, self.b2 = (nn.Parameter(torch.empty(num_experts, n, dim)) for n in (hidden, 1))
-        drawn = num_experts if init == "independent" else 1
-        with torch.no_grad():
-            for weight, fan_in in ((self.w1, dim), (self.b1, dim), (self.w2, hidden), (self.b2, hidden)):
-                weight.copy_(torch.empty(drawn, *weight.shape[1:]).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+        self.dim = dim
+        self.w1 = stacked(num_experts, dim, hidden, dim, init)
+        self.b1 = stacked(num_experts, 1, hidden, dim, init)
+        self.w2 = stacked(num_experts, hidden, dim, hidden, init)
+        self.b2 = stacked(num_experts, 1, dim, hidden, init)
+
+    def expert(self, z, w1, b1, w2, b2):
+        """What each of n experts computes: z [n, N, D], the n experts' parameters -> [n, N, D]."""
+        hidden = F.gelu(torch.baddbmm(b1, z, w1))  # [n, N, H]
+        return torch.baddbmm(b2, hidden, w2)
 
     def forward(self, slots):
-        """slots [G, E, C, D] -> [G, E, C, D]. A slot may be wide: n vectors of width D, laid one after another."""
-        G, E, C, _ = slots.shape
-        z = slots.transpose(0, 1).reshape(E, -1, self.w1.shape[1])  # [E, G*C, D]
-        hidden = F.gelu(torch.baddbmm(self.b1, z, self.w1))  # [E, G*C, H]
-        return torch.baddbmm(self.b2, hidden, self.w2).view(E, G, C, -1).transpose(0, 1)
+        """slots [G, E, C, D] -> [G, E, C, D]. A slot may hold n vectors side by side."""
+        G, E, C, width = slots.shape
+        vectors = G * C * width // self.dim
+        z = slots.transpose(0, 1).reshape(E, vectors, self.dim)
+        return self.expert(z, *self.parameters()).view(E, G, C, width).transpose(0, 1)
 
     def ragged(self, z, counts):
-        """The same for z [N, D], sorted by expert, counts[e] rows of each: work for real tokens only, however unbalanced."""
-        device = z.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
-        w1, b1, w2, b2 = (weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2))
-        counts = [count * z.shape[1] // w1.shape[1] for count in counts]  # a wide row is several
-        hidden = F.gelu(GroupedLinear.apply(z.reshape(-1, w1.shape[1]).to(dtype), w1, b1, counts))
-        return GroupedLinear.apply(hidden, w2, b2, counts).view_as(z)
+        """The same for z [N, D] sorted by expert, counts[e] rows of each: no empty slots."""
+        outputs = []
+        by_expert = zip(*(parameter.split(1) for parameter in self.parameters()))
+        for rows, parameters in zip(z.split(counts), by_expert):
+            vectors = rows.reshape(1, rows.numel() // self.dim, self.dim)
+            outputs.append(self.expert(vectors, *parameters).view_as(rows))
+        return torch.cat(outputs)
 
 
-class GroupedLinear(torch.autograd.Function):
-    """z [N, D] @ w[e] + b[e], rows sorted by expert, counts[e] of each: split, matmul and cat, minus what autograd would copy."""
-
-    @staticmethod
-    def forward(ctx, z, w, b, counts):
-        ctx.save_for_backward(z, w)
-        ctx.counts, y = counts, z.new_empty(len(z), w.shape[2])
-        for ye, ze, we, be in zip(y.split(counts), z.split(counts), w, b):
-            torch.addmm(be, ze, we, out=ye)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        z, w = ctx.saved_tensors
-        dz, dw, db = torch.empty_like(z), torch.empty_like(w), dy.new_empty(len(w), 1, w.shape[2])
-        for dze, dwe, dbe, dye, ze, we in zip(dz.split(ctx.counts), dw, db, dy.split(ctx.counts), z.split(ctx.counts), w):
-            torch.mm(dye, we.T, out=dze)
-            torch.mm(ze.T, dye, out=dwe)
-            torch.sum(dye, 0, keepdim=True, out=dbe)
-        return dz, dw, db, None
+def stacked(num_experts, rows, columns, fan_in, init="independent"):
+    """A parameter [E, rows, columns], uniform in +-fan_in^-1/2 as in nn.Linear."""
+    if init not in ("independent", "identical"):
+        raise ValueError(f"init must be one of independent, identical, got {init!r}")
+    drawn = torch.empty(num_experts if init == "independent" else 1, rows, columns)
+    drawn.uniform_(-(fan_in**-0.5), fan_in**-0.5)
+    return nn.Parameter(drawn.expand(num_experts, rows, columns).clone())
 
 
 class MoE(nn.Module):
-    """The layer: route, dispatch, let the experts work, combine. Returns its routing beside its output."""
+    """The layer: route, dispatch, let the experts work, combine.
 
-    def __init__(self, router, hidden, init="independent"):
+    experts  any module on slots [G, E, C, D], such as Experts
+    shared   None, or a module on [..., D] that every token passes beside the routed experts: N
+             shared experts are an FFN N times as wide (DeepSeekMoE, 2401.06066)
+    """
+
+    def __init__(self, router, experts, shared=None):
         super().__init__()
-        self.router, self.experts = router, Experts(router.num_experts, router.dim, hidden, init)
+        self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x, key=None, routing=None):
-        """x [G, T, D], key [G, T] or None -> y [G, T, D] and its Routing; a given routing is used as it is."""
-        routing = self.router(x, key) if routing is None else routing
-        return routing.run(x, self.experts), routing
+        """x [G, T, D], key [G, T] or None -> y [G, T, D] and its Routing; a given one is used."""
+        self.check_type(x)
+        if routing is None:
+            routing = self.router(x, key)
+        y = routing.run(x, self.experts)
+        if self.shared is not None:
+            tokens = x.unflatten(-1, (-1, self.router.dim))  # a sequence routed whole: T*D wide
+            y = y + self.shared(tokens).flatten(-2)
+        return y, routing
+
+    def check_type(self, x):
+        for weight in self.experts.parameters():
+            if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(
+                    f"tokens and experts must be of one type outside autocast, "
+                    f"got tokens of {x.dtype} and experts of {weight.dtype}"
+                )
+
+    def no_decay(self):
+        """The names of the parameters that weight decay should spare: the router, all biases."""
+        biases = [f"experts.{name}" for name in getattr(self.experts, "biases", ())]
+        names = []
+        for name, parameter in self.named_parameters():
+            if name.startswith("router.") or name in biases or parameter.ndim == 1:
+                names.append(name)
+        return names
 
 
 def seeded(*key):
-    """A CPU generator for one purpose, such as seeded(seed, step, "noise"): randomness without a state to keep."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little", signed=True))
+    """A generator for one purpose, as seeded(seed, step, "noise"): random, with no state kept."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def send(tensor, device):
+    """The tensor on that device; to a GPU, without waiting for it."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def color(place, count, lightness=None):
+    """(red, green, blue) of one of so many experts; neighbours differ in lightness too."""
+    if lightness is None:
+        lightness = 0.45 + 0.25 * (place % 2)
+    return tuple(round(255 * part) for part in colorsys.hls_to_rgb(place / count, lightness, 0.8))
 
 
 def build_router(name, dim, num_experts, **options):
-    """The router of that name. Raises ValueError for an unknown name, an unknown option, or a value against its rule."""
+    """The router of that name for tokens of width dim.
+
+    Raises ValueError for an unknown name or option, and for a value against its rule.
+    """
     if name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
     known = ROUTERS[name].defaults
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(f"router {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        named, has = ", ".join(unknown), ", ".join(known)
+        raise ValueError(f"router {name} has no option {named}; it has {has}")
     return ROUTERS[name](dim, num_experts, **options)
 
 
 ROUTERS = {
-    "token_choice": TokenChoice, "sinkhorn_token_choice": cross(Sinkhorn, TokenChoice), "sparse_token_choice": cross(Sparse, TokenChoice),
-    "expert_choice": ExpertChoice, "sinkhorn_expert_choice": cross(Sinkhorn, ExpertChoice), "sparse_expert_choice": cross(Sparse, ExpertChoice),
-    "soft": Soft, "hash": Hash, "expert_threshold": ExpertThreshold,
+    "token_choice": TokenChoice,
+    "sinkhorn_token_choice": SinkhornTokenChoice,
+    "sparse_token_choice": SparseTokenChoice,
+    "sigmoid": Sigmoid,
+    "hash": Hash,
+    "expert_choice": ExpertChoice,
+    "sinkhorn_expert_choice": SinkhornExpertChoice,
+    "sparse_expert_choice": SparseExpertChoice,
+    "expert_threshold": ExpertThreshold,
+    "soft": Soft,
 }

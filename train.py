@@ -1,22 +1,28 @@
 """Train one model with one router, and say what it learned and what it cost.
 
-    python train.py --router expert_choice          a vision MoE on images drawn on the fly, about 2 minutes on 2 CPU cores
-    python train.py --router dense                  the same ViT without experts
-    python train.py --router soft --data DIR        on a folder in the CIFAR binary layout, or an .npz
-    python train.py --task tokens --router token_choice         a language MoE on the standard library's text
-    python train.py --sample runs/tokens-token_choice-0 --prompt "def "     write on
-    python train.py --eval runs/vision-soft-0       evaluate a finished run again
-    python train.py --resume runs/vision-soft-0     go on with one that was stopped, bit for bit
-    torchrun --nproc-per-node 8 train.py ...        the same run on many processes
-    python train.py --help                          every flag with its default; they depend on --size and --router
+    python train.py --router expert_choice      a ViT with experts, on images drawn on the fly
+    python train.py --router dense              the same ViT without experts
+    python train.py --router soft --data DIR    on a folder in the CIFAR binary layout, or an .npz
+    python train.py --task tokens --router token_choice     a GPT on the standard library's text
+    python train.py --router dense soft --seed 0 1 2    a grid of runs, and its table
+    python train.py --sample RUN_DIR --prompt "def "        write on, with a finished run
+    python train.py --eval RUN_DIR              evaluate a finished run again
+    python train.py --resume RUN_DIR            go on with one that was stopped, bit for bit
+    torchrun --nproc-per-node 8 train.py ...    the same run in many processes
+    python train.py --help                      every setting
 
-Every random draw comes from (seed, step, what for), so one seed fixes data, weights and order, and there is no random
-state to keep: a resumed run is the same run, and a process of many draws for the whole batch and takes its part.
-A run folder holds config.json, metrics.jsonl, checkpoint.pt and summary.json.
+Read in order: the settings, then `run`, the whole life of one run, then what it calls. Sections
+marked "Later" stand for themselves; skip them on a first reading.
+
+Every random draw comes from (seed, step, what for): one seed fixes data, weights and order, and no
+random state has to be kept. So a resumed run is the same run. Of many processes, each draws the
+whole batch's random numbers and uses its own rows. A run folder holds config.json, metrics.jsonl,
+checkpoint.pt, summary.json and report.html.
 """
+
 import argparse
-import colorsys
 import ctypes
+import datetime
 import gc
 import hashlib
 import html
@@ -27,6 +33,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import time
@@ -40,363 +47,420 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import moe_tokens
 import moe_vision
-from routers import CHOICES, ROUTERS, MoE, Routing, build_router, seeded
+import routers
+from routers import CHOICES, ROUTERS, Experts, MoE, Routing, build_router, color, seeded
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, nothing keeps two processes out of one folder
+    fcntl = None
 
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
-UNRELATED = {"device", "out", "overwrite", "eval", "sample", "table", "resume", "log_every", "save_every", "run", "bench", "tokens",
-             "group_size", "repeats"}  # flags that change no result
-DEFAULTS = dict(weight_decay=0.05, warmup=0.1, clip=1.0, grad_accum=1, z_loss=0.0, balance="none", expert_init="independent",
-                dense_match="active", schedule="cosine", dtype="auto", remark="")
-BALANCE = {"none": {}, "vmoe": {"importance": 0.005, "load": 0.005}, "switch": {"balance": 0.01}, "bias": {}}
-BIAS_RATE = 1e-3  # the step of --balance bias (2408.15664)
-OPTIONS = {name: default for router in ROUTERS.values() for name, default in router.defaults.items()}
-FLAG = {"weights": "router_weights"}  # an option's flag bears its own name, but for these
+BALANCE = {  # --balance: the losses it weighs
+    "none": {},
+    "vmoe": {"importance": 0.005, "load": 0.005},
+    "switch": {"balance": 0.01},
+    "bias": {},
+}
+
+# ---------------------------------------------------------------- settings
+# name: (kind, default, what it is). A kind is a tuple of choices, bool, or a name of KINDS below.
+SETTINGS = {
+    # what to run
+    "task": (tuple(TASKS), "vision", "what to learn from: images or text"),
+    "router": ("router", "expert_choice", "dense, all, or one of " + ", ".join(ROUTERS)),
+    "size": (("tiny", "small", "base"), "tiny", "a preset; each part has a flag too"),
+    "seed": ("integer", 0, "fixes data, weights and order"),
+    "data": ("path", None, "a path, cifar10 or cifar100; none: drawn images, the library's text"),
+    "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
+    "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
+    "compile": (bool, False, "torch.compile the model, without graph breaks"),
+    "out": ("path", None, "run folder; none: a fresh runs/TASK-ROUTER-N"),
+    "log_every": ("whole", 10, "steps between lines of metrics.jsonl"),
+    "save_every": ("whole", 200, "steps between checkpoints"),
+    # optimisation: AdamW. None: as the size says.
+    "steps": ("whole", None, "optimiser steps"),
+    "batch_size": ("whole", None, "examples a step"),
+    "grad_accum": ("few", 1, "parts a batch is computed in"),
+    "lr": ("positive", None, "peak learning rate"),
+    "router_lr": ("positive", 1.0, "factor on the routers' learning rate"),
+    "warmup": ("share", 0.1, "share of the steps in which the rate rises"),
+    "schedule": (("cosine", "constant"), "cosine", "the rate after that: cosine to 0, or constant"),
+    "weight_decay": ("at_least_0", 0.05, "not on norms, biases, positions and routers"),
+    "clip": ("positive", 1.0, "largest gradient norm"),
+    # the model
+    "dim": ("whole", None, "width D"),
+    "depth": ("few", None, "blocks"),
+    "heads": ("few", None, "attention heads"),
+    "hidden": ("whole", None, "width inside an FFN or an expert"),
+    "experts": ("whole", None, "experts E in a block"),
+    "shared": ("count", 0, "more experts, which every token passes"),
+    "moe_blocks": ("blocks", None, "blocks with experts, such as 1,3; none: as the task says"),
+    "expert_init": (("independent", "identical"), "independent", "start apart, or all alike"),
+    "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
+    # the routers' losses
+    "balance": (tuple(BALANCE), "none", "importance and load, Switch's loss, or a selection bias"),
+    "balance_weight": ("at_least_0", None, "their weight; none: vmoe .005 each, switch .01"),
+    "z_loss": ("at_least_0", 0.0, "weight of the mean squared logsumexp of the logits"),
+}
+OPTIONS = {}  # the routers' options: a router added to ROUTERS brings its own
+for kind in ROUTERS.values():
+    OPTIONS |= kind.defaults
+del OPTIONS["tokens"]  # the model knows it
+SAMPLING = {  # with --sample
+    "prompt": ("text", "", "text to go on from"),
+    "max_new_tokens": ("whole", 200, "tokens to write"),
+    "temperature": ("at_least_0", 0.8, "0: always the likeliest token"),
+    "top_p": ("positive", 0.95, "draw from the likeliest tokens that hold this much probability"),
+}
+BENCH = {  # with --bench
+    "tokens": ("whole", 4096, "tokens that pass the layer"),
+    "group_size": ("whole", 256, "tokens in a group of them"),
+    "repeats": ("whole", 9, "rounds that are timed"),
+}
+MODES = ("task", "router", "size")  # the defaults of all others depend on these
+ACTIONS = {
+    "eval": ("path", None, "evaluate a finished run again, then stop"),
+    "sample": ("path", None, "write text with a finished run of --task tokens, then stop"),
+    "table": ("path", None, "make one table of all finished runs in a folder, then stop"),
+    "resume": ("path", None, "go on with a stopped run; steps, device, intervals may change"),
+    "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
+}
+FREE = {"device", "out", "log_every", "save_every"}  # they change no result
 
 
-# ---------------------------------------------------------------- flags
-def number(rule, held, kind=float):
-    """A parser of numbers for argparse, which holds them to a rule."""
-    def parse(text):
-        value = kind(text)
-        if not held(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
+# ---------------------------------------------------------------- one run
+def run(said, folder=None, resume=False):
+    """The whole life of one run; returns the exit status.
 
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse names it in "invalid ... value"
-    return parse
-
-
-KINDS = SimpleNamespace(  # for the model files' own flags too
-    whole=number("a whole number >= 1", lambda n: n >= 1, int), positive=number("a positive number", lambda x: 0 < x < math.inf),
-    at_least_0=number("a number >= 0", lambda x: 0 <= x < math.inf), below_1=number("a share from 0 up to 1", lambda x: 0 <= x < 1))
-
-
-def numbers(text):
-    return sorted({int(n) for n in text.split(",") if n.strip()})
-
-
-def capacity(text):
-    return text if text == "none" else KINDS.positive(text)
-
-
-numbers.__name__, capacity.__name__ = "list such as 1,3", "number"
-
-
-def flag(name):
-    """The flag of a name: router_weights -> --router-weights."""
-    return "--" + FLAG.get(name, name).replace("_", "-")
-
-
-def option_flag(parser, name, default, router):
-    """One flag for one option of the routers, its type read off the default; a router added to ROUTERS brings its own."""
-    having = [router for router, made in ROUTERS.items() if name in made.defaults]
-    about = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
-    about += "" if router in having else f" (default: {default})%(default).0s"  # its value here, None, is not shown
-    if isinstance(default, bool):
-        parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=about)
-    elif isinstance(default, str):
-        parser.add_argument(flag(name), choices=CHOICES.get(name), help=about)
-    elif name == "capacity_factor":
-        parser.add_argument(flag(name), type=capacity, help=f"a number, or none for dropless; {about}")
-    else:
-        parser.add_argument(flag(name), type=KINDS.whole if default is None or isinstance(default, int) else KINDS.at_least_0, help=about)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"train.py: error: {message}\n")  # one line; the flags are many, and --help has them
-
-
-def make_parser(task, size, router):
-    module = TASKS[task]
-    defaults = DEFAULTS | module.SIZES[size] | module.ROUTER_DEFAULTS.get(router, {})
-    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    epilog=f"Defaults shown are those of --task {task} --size {size} --router {router}. A flag with several values, "
-                    "or --router all, makes a grid of runs and one table.")
-    run = parser.add_argument_group("run")
-    run.add_argument("--task", choices=TASKS, default="vision", help="what to learn")
-    run.add_argument("--router", default="expert_choice", help="dense, or one of " + ", ".join(ROUTERS))
-    run.add_argument("--size", choices=module.SIZES, default="tiny", help="model and budget; every part has its own flag")
-    run.add_argument("--seed", type=int, default=0, help="fixes data, weights and order")
-    run.add_argument("--out", help="run folder; none: a fresh runs/TASK-ROUTER-N")
-    run.add_argument("--overwrite", action="store_true", help="allow --out to be a folder with something in it")
-    run.add_argument("--eval", metavar="RUN_DIR", help="evaluate a finished run again, then stop")
-    run.add_argument("--sample", metavar="RUN_DIR", help="write text with a finished run of --task tokens, then stop")
-    run.add_argument("--table", metavar="DIR", help="print and write one table of all finished runs in a folder, then stop")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
-    run.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped; its flags hold, but for steps, device and intervals")
-    run.add_argument("--dtype", choices=("auto", "float32", "float64", "bfloat16"), help="auto: bfloat16 autocast on CUDA, else float32")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model, without graph breaks")
-    run.add_argument("--log-every", type=KINDS.whole, default=10, help="steps between lines of metrics.jsonl")
-    run.add_argument("--save-every", type=KINDS.whole, default=200, help="steps between checkpoints")
-    train = parser.add_argument_group("optimisation: AdamW with warm-up")
-    train.add_argument("--schedule", choices=("cosine", "constant"), help="the learning rate after the warm-up: cosine to 0, or constant")
-    for name, kind, about in (("steps", KINDS.whole, "optimiser steps"), ("batch_size", KINDS.whole, "examples a step"),
-                              ("grad_accum", KINDS.whole, "parts a batch is computed in"), ("lr", KINDS.positive, "peak learning rate"),
-                              ("warmup", KINDS.below_1, "share of the steps"), ("clip", KINDS.positive, "largest gradient norm"),
-                              ("weight_decay", KINDS.at_least_0, "not on norms, biases, positions, routers")):
-        train.add_argument(flag(name), type=kind, help=about)
-    model = parser.add_argument_group("model")
-    for name, about in (("dim", "width D"), ("depth", "blocks"), ("heads", "attention heads"), ("hidden", "width inside an FFN or an expert"),
-                        ("experts", "experts E in a block")):
-        model.add_argument("--" + name, type=KINDS.whole, help=about)
-    model.add_argument("--moe-blocks", type=numbers, help="blocks with experts, such as 1,3; none: " + module.moe_blocks.__doc__)
-    model.add_argument("--expert-init", choices=("independent", "identical"), help="experts start apart, or all alike (V-MoE)")
-    model.add_argument("--dense-match", choices=("active", "total"), help="with --router dense: FFNs as wide as the K active experts, or as all")
-    module.add_flags(parser, KINDS)
-    cost = parser.add_argument_group("what routing costs")
-    cost.add_argument("--bench", action="store_true", help="time one MoE layer of every router (or of --router), then stop")
-    cost.add_argument("--tokens", type=KINDS.whole, default=4096, help="tokens of that layer")
-    cost.add_argument("--group-size", type=KINDS.whole, default=256, help="tokens in a group of it")
-    cost.add_argument("--repeats", type=KINDS.whole, default=9, help="rounds that are timed")
-    options = parser.add_argument_group("router options, for the routers named")
-    for name, default in OPTIONS.items():
-        try:
-            option_flag(options, name, default, router)
-        except argparse.ArgumentError:
-            parser.error(f"router option {name} has the name of another flag; call it otherwise")
-    losses = parser.add_argument_group("router losses")
-    losses.add_argument("--balance", choices=BALANCE, help="importance and, with noise, load; Switch's; or a selection bias; without a learned gate none by default")
-    losses.add_argument("--balance-weight", type=KINDS.at_least_0, help="weight of the balance losses (default: vmoe 0.005 each, switch 0.01)")
-    losses.add_argument("--z-loss", type=KINDS.at_least_0, help="weight of the mean squared logsumexp of the logits")
-    made = ROUTERS[router].defaults if router in ROUTERS else {}
-    parser.set_defaults(**{FLAG.get(name, name): value for name, value in made.items()})
-    parser.set_defaults(**defaults)
-    return parser
-
-
-def parse(argv):
-    """Flags -> args. What they say of the task, the size and the router decides the other flags' defaults.
-
-    With --resume, the run's own flags are the defaults, and only some may be given another value.
+    said    {setting: value}, what the command line says
+    folder  of the run; None: a fresh one. resume: it holds a checkpoint to go on from
     """
-    first = Parser(add_help=False, allow_abbrev=False)
-    for name, default in (("task", "vision"), ("size", "tiny"), ("router", "expert_choice"), ("balance", None), ("router-weights", None),
-                          ("sample", None), ("resume", None)):
-        first.add_argument("--" + name, default=default)
-    first.add_argument("--bench", action="store_true")
-    known, _ = first.parse_known_args(argv)
-    try:
-        saved = read_flags(known.resume) if known.resume else {}
-    except ValueError as error:
-        first.error(str(error))
-    known = argparse.Namespace(**vars(known) | saved)
-    task = "tokens" if known.sample else known.task if known.task in TASKS else "vision"
-    parser = make_parser(task, known.size if known.size in TASKS[task].SIZES else "tiny", known.router)
-    if known.router_weights not in (None, "learned") and known.balance is None:
-        parser.set_defaults(balance="none")  # there is nothing to balance with
-    parser.set_defaults(**saved)
-    if known.bench:
-        parser.set_defaults(dim=256, hidden=1024, experts=16)
-    args = parser.parse_args(argv)
-    for name, value in saved.items():
-        if getattr(args, name) != value and name not in UNRELATED | {"steps"}:
-            parser.error(f"{flag(name)} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
-    return args
+    settings = settle(said)
+    device = pick_device(settings)
+    task = TASKS[settings.task]
+    data = task.load(settings, device, folder if resume else None)
+    model = build(settings, data, device)
+    gflops = look(settings, data, model)
+    optimizer = make_optimizer(settings, model, device)
+
+    with Record(settings, said, folder) as record:
+        step = record.restore(model, optimizer) if resume else 0
+        record.begin(data, device)
+        say(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
+        trained = wrap(settings, model)
+        stop = False
+        with signals() as caught, progress(settings, step) as bar:
+            while step < settings.steps and not stop:
+                last = step + 1 == settings.steps
+                due = last or (step + 1) % settings.log_every == 0
+                stepped = train_step(settings, data, trained, optimizer, step, due, caught)
+                step, stop = step + 1, stepped.stop
+                record.time_first_step()
+                bar.update()
+                if due:
+                    line = numbers(data.metrics(stepped.sums) | stepped.losses)
+                    record.log(step, line | {"blocks": statistics(stepped.routings)})
+                    show(bar, line)
+                if last or stop or step % settings.save_every == 0:
+                    check_sound(data, model, step)
+                    record.save(step, model, optimizer)
+            stop = bool(total({"stop": len(caught)}, device)["stop"])  # also in the last step
+        if stop:
+            done = f"interrupted after {step} of {settings.steps} steps"
+            say(f"{done}; --resume {record.folder} goes on from there")
+            return 128 + (caught or [signal.SIGTERM])[0]
+        spent = record.spent()
+        if processes()[0] == 0:
+            summary, joints = conclude(settings, data, model, device)
+            summary |= spent | {"gflops": gflops}
+            record.finish(summary, report_page(settings, data, model, summary, joints, record))
+            tell(settings, data, model, summary, joints)
+            say(f"-> {record.folder}/report.html")
+    return 0
 
 
-def check(args):
-    """Raise ValueError for flags that contradict each other; fill in what follows from the others."""
-    if args.router != "dense" and args.router not in ROUTERS:
-        raise ValueError(f"unknown router {args.router!r}; known: dense, {', '.join(ROUTERS)}")
-    has = set(ROUTERS[args.router].defaults) if args.router in ROUTERS else {"top_k"}
-    for name in OPTIONS:
-        if name not in has and getattr(args, FLAG.get(name, name)) is not None:
-            raise ValueError(f"{flag(name)} is no option of --router {args.router}; it has {', '.join(sorted(has))}")
-    args.top_k = args.top_k or 1
-    if args.dim % args.heads:
-        raise ValueError(f"--heads must divide --dim, got --heads {args.heads} and --dim {args.dim}")
-    if args.router == "dense" and args.top_k > args.experts:
-        raise ValueError(f"--top-k must be at most --experts {args.experts}, got {args.top_k}")
-    args.moe_blocks = TASKS[args.task].moe_blocks(args.depth) if args.moe_blocks is None else args.moe_blocks
-    if not args.moe_blocks or args.moe_blocks[0] < 0 or args.moe_blocks[-1] >= args.depth:
-        raise ValueError(f"--moe-blocks must name blocks from 0 to {args.depth - 1}, got {args.moe_blocks}")
-    if args.balance == "bias":
-        if "bias_rate" not in has:
-            raise ValueError(f"--balance bias is for routers in which tokens choose by scores, not --router {args.router}")
-        args.bias_rate = args.bias_rate or BIAS_RATE
-    offered = ROUTERS[args.router].offers if args.router in ROUTERS else ()
-    for name, weight in loss_weights(args).items():
-        if weight and name not in offered and not (name == "load" and "importance" in offered):  # load comes with noise alone
-            raise ValueError(f"--router {args.router} offers no {name} loss" + (f"; it offers {', '.join(offered)}" if offered else ""))
-    if args.balance_weight is not None and not BALANCE[args.balance]:
-        raise ValueError(f"--balance-weight weighs the losses of --balance vmoe or switch, got --balance {args.balance}")
-    if args.batch_size % (args.grad_accum * processes()[1]):
-        raise ValueError(f"--grad-accum must divide --batch-size {args.batch_size}, got {args.grad_accum} in {processes()[1]} process(es)")
-    if args.data == "":
-        raise ValueError("--data is empty; leave it away for the built-in data")
-    args.remark = TASKS[args.task].settle(args, None if args.router == "dense" else make_router(args))
+# ---------------------------------------------------------------- what `run` calls, in that order
+def settle(said):
+    """What was said, {setting: value} -> every setting of the run, filled in and checked.
+
+    ValueError for settings that clash, or that mean nothing beside the others.
+    """
+    settings = filled(said)
+    default = filled({name: said[name] for name in MODES if name in said})
+    for name, why in unused(said).items():
+        if not hasattr(default, name) or said[name] != getattr(default, name):
+            raise ValueError(why)
+    check(settings, said)
+    with torch.device("meta"):  # a look at it, without its memory
+        router = None if settings.router == "dense" else make_router(settings)
+    settings.remark = TASKS[settings.task].settle(settings, router, said)
+    return settings
 
 
-def loss_weights(args):
-    weights = BALANCE[args.balance]
-    if args.balance_weight is not None:
-        weights = {name: args.balance_weight for name in weights}
-    return weights | {"z": args.z_loss}
+def filled(said):
+    """Every setting: as said, else by the router's recipe, the size, or the tables' default."""
+    values = {name: said.get(name, SETTINGS[name][1]) for name in MODES}
+    task, kind = TASKS[values["task"]], ROUTERS.get(values["router"])
+    for name, (_, default, _) in (SETTINGS | task.SETTINGS).items():
+        values.setdefault(name, default)
+    values |= task.SIZES[values["size"]] | options_of(kind)
+    recipe = kind.recipes.get(values["task"], {}) if kind else {}
+    values |= {name: value for name, value in recipe.items() if name in values}
+    if said.get("router_weights", "learned") != "learned":
+        values["balance"] = "none"  # there is nothing to balance with
+    return SimpleNamespace(**(values | said))
 
 
-def pick_device(name):
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if here[kind])
-    if not here[name]:
-        raise ValueError(f"--device {name}: this machine has none; there is {', '.join(kind for kind in here if here[kind])}")
+def options_of(kind):
+    """{option: default} of the flags of a kind of router; dense has K alone, for its width."""
+    if kind is None:
+        return {"top_k": 1}
+    return {name: default for name, default in kind.defaults.items() if name in OPTIONS}
+
+
+def unused(said):
+    """{setting said: why it means nothing here}. A run refuses it, a grid leaves it out."""
+    settings, found = filled(said), {}
+    name, task = settings.router, TASKS[settings.task]
+    kind = ROUTERS.get(name)
+    options, offered = options_of(kind), kind.offers if kind else ()
+    has = f"; it has {', '.join(sorted(options))}"
+    offers = f"; it offers {', '.join(offered)}" if offered else ""
+    for setting in said:
+        if setting in OPTIONS and setting not in options:
+            found[setting] = f"{flag(setting)} is no option of --router {name}{has}"
+        elif setting not in SETTINGS | task.SETTINGS | options:
+            found[setting] = f"{flag(setting)} is no setting of --task {settings.task}"
+    found |= task.unused(settings)
+    if kind:
+        found["dense_match"] = f"--dense-match is for --router dense, not {name}"
+    else:
+        found["expert_init"] = "--expert-init is for experts; --router dense has none"
+    if name in ("dense", "hash", "soft"):
+        found["router_lr"] = f"--router-lr is for routers with a gate, not {name}"
+    for loss in BALANCE[settings.balance]:
+        if loss not in offered and loss != "load":  # load comes with importance, and noise
+            found["balance"] = f"--router {name} offers no {loss} loss{offers}"
+    if settings.balance == "bias" and "bias_rate" not in options:
+        rule = "--balance bias is for routers in which tokens choose by scores"
+        found["balance"] = f"{rule}, not --router {name}"
+    if not BALANCE[settings.balance] or "balance" in found:
+        rule = "--balance-weight weighs the losses of --balance vmoe or switch"
+        found["balance_weight"] = f"{rule}, got --balance {settings.balance}"
+    if "z" not in offered:
+        found["z_loss"] = f"--router {name} offers no z loss{offers}"
+    return {setting: why for setting, why in found.items() if setting in said}
+
+
+def check(settings, said):
+    """Hold settings to each other, on both tasks; fill in those that follow from others."""
+    s = settings
+    if s.dim % s.heads:
+        raise ValueError(f"--heads must divide --dim, got --heads {s.heads} and --dim {s.dim}")
+    if s.moe_blocks is None:
+        s.moe_blocks = TASKS[s.task].moe_blocks(s.depth)
+    if not s.moe_blocks or s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
+        rule = f"--moe-blocks must name blocks from 0 to {s.depth - 1}"
+        raise ValueError(f"{rule}, got {s.moe_blocks}")
+    if s.router == "dense":
+        if s.top_k > s.experts:
+            raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
+        experts = s.experts if s.dense_match == "total" else s.top_k
+        s.width = s.hidden * (experts + s.shared)
+        s.experts = s.top_k = s.shared = None  # the width says it all: equal models, equal runs
+    if s.balance == "bias" and not s.bias_rate:
+        if "bias_rate" in said:
+            raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
+        s.bias_rate = 1e-3  # as in 2408.15664
+    parts = s.grad_accum * processes()[1]
+    if s.batch_size % parts:
+        rule = f"--grad-accum must divide --batch-size {s.batch_size}"
+        raise ValueError(f"{rule}, got {s.grad_accum} in {processes()[1]} process(es)")
+
+
+def make_router(settings, tokens=1):
+    """The router of these settings, for groups of so many tokens."""
+    options = {}
+    for name in ROUTERS[settings.router].defaults:
+        value = tokens if name == "tokens" else getattr(settings, name)
+        if value is not None or name == "capacity_factor":
+            options[name] = value
+    return build_router(settings.router, settings.dim, settings.experts, **options)
+
+
+def pick_device(settings):
+    """The device; also sets the type of number that torch uses from here on."""
+    torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
+    here = ["cuda"] if torch.cuda.is_available() else []
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    here += ["cpu"]
+    name = here[0] if settings.device == "auto" else settings.device
+    if name not in here:
+        raise ValueError(f"--device {name}: this machine has none; there is {', '.join(here)}")
     if name == "cuda" and dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
-# ---------------------------------------------------------------- building
-def router_options(args, router):
-    """The options of a router that these flags set; what they leave open stands as build_router has it."""
-    options = {name: getattr(args, FLAG.get(name, name)) for name in ROUTERS[router].defaults}
-    return {name: None if value == "none" else value for name, value in options.items() if value is not None}
+def build(settings, data, device):
+    """The model at its start, in evaluation mode."""
+
+    def feed(block):
+        """What stands in that block after attention: an FFN or an MoE."""
+        if block not in settings.moe_blocks:
+            return ffn(settings.dim, settings.hidden)
+        if settings.router == "dense":
+            return ffn(settings.dim, settings.width)
+        router = make_router(settings, data.tokens)
+        experts = Experts(settings.experts, settings.dim, settings.hidden, settings.expert_init)
+        shared = ffn(settings.dim, settings.shared * settings.hidden) if settings.shared else None
+        return MoE(router, experts, shared)
+
+    with torch.device("meta"):  # shapes alone: does it fit into memory?
+        check_memory(settings, data, data.build(settings, feed), device)
+    torch.manual_seed(seeded(settings.seed, "weights").initial_seed())
+    return data.build(settings, feed).to(device).eval()
 
 
-def make_router(args):
-    return build_router(args.router, args.dim, args.experts, **router_options(args, args.router))
+def ffn(dim, width):
+    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
 
 
-def make_feed(args):
-    """feed(block, tokens) -> what stands in that block after attention: an FFN or an MoE."""
-    def feed(block, tokens):
-        sparse = block in args.moe_blocks
-        if sparse and args.router != "dense":
-            return MoE(make_router(args), args.hidden, args.expert_init)
-        width = args.hidden * ((args.experts if args.dense_match == "total" else args.top_k) if sparse else 1)
-        return nn.Sequential(nn.Linear(args.dim, width), nn.GELU(), nn.Linear(width, args.dim))
-    return feed
-
-
-def build(args):
-    """Everything a run needs from its flags: device, task, data, model. The first forward gives the GFLOPs of an example."""
-    device, task = pick_device(args.device), TASKS[args.task]
-    torch.set_default_dtype(torch.float64 if args.dtype == "float64" else torch.float32)
-    data = task.load_data(args, device)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model = build_model(args, task, data, device)
-    return device, task, data, model, counter.get_total_flops() / 1e9
-
-
-def build_model(args, task, data, device):
-    """The model at its start, in evaluation mode; a first look at one example gives Soft MoE its number of slots."""
-    torch.manual_seed(seeded(args.seed, "weights").initial_seed())
-    model = task.build_model(args, data, make_feed(args)).to(device).eval()
-    with torch.no_grad():
-        task.loss(model, {name: value[:1] for name, value in next(iter(data.split("validation"))).items()})
-    return model
-
-
-@contextmanager
-def dropless(model):
-    """Inside, no token is dropped where tokens choose, or thresholds do; says whether that changes anything."""
-    limited = [moe.router for moe in moes(model) if moe.router.chooses in ("tokens", "threshold") and moe.router.options.capacity_factor]
-    factors = [router.options.capacity_factor for router in limited]
-    for router in limited:
-        router.options.capacity_factor = None if router.chooses == "tokens" else float(router.num_experts)
-    try:
-        yield bool(limited)
-    finally:
-        for router, factor in zip(limited, factors):
-            router.options.capacity_factor = factor
-
-
-def moes(model):
-    return [module for module in model.modules() if isinstance(module, MoE)]
-
-
-def parameters(model):
-    """Total parameters, and active ones: of an expert, the share of the tokens that it is to serve."""
-    count = sum(p.numel() for p in model.parameters())
-    idle = 0.0
+def check_memory(settings, data, model, device):
+    """ValueError for settings that cannot fit into a CPU's memory, before anything is filled."""
+    if device.type != "cpu":
+        return
+    examples = settings.batch_size // settings.grad_accum // processes()[1]
+    numbers = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
+    numbers += examples * data.tokens * settings.dim * 4 * settings.depth
     for moe in moes(model):
-        o, E = moe.router.options, moe.router.num_experts
-        share = o.slots / len(model.position) if getattr(o, "slots", None) else o.top_k * (o.capacity_factor or 1) / E
-        idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
-    return count, round(count - idle)
+        C = (
+            moe.router.options.slots
+            if hasattr(moe.router, "phi")
+            else moe.router.capacity(data.tokens)
+        )
+        slots = moe.router.num_experts * (C or 1)
+        numbers += 2 * examples * slots * settings.hidden
+    wanted = numbers * torch.get_default_dtype().itemsize / 1e9
+    if wanted > memory_gb():
+        has = f"this machine has {memory_gb():,.0f} GB"
+        raise ValueError(f"these sizes need at least {wanted:,.0f} GB of memory, {has}")
 
 
-def make_optimizer(args, model, device):
-    """AdamW; no decay on norms, biases and positions, nor on routers, whose decay would only flatten every gate."""
-    def decays(name, p):
-        return p.ndim > 1 and name.split(".")[-1] not in ("b1", "b2", "position") and ".router." not in name
-
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in named if decays(n, p)], "weight_decay": args.weight_decay},
-              {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+def memory_gb():
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return math.inf  # unknown
 
 
-def learning_rate(args, step):
-    warm = max(1, round(args.warmup * args.steps))
-    if step < warm or args.schedule == "constant":
-        return args.lr * min(1, (step + 1) / warm)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
+@torch.no_grad()
+def look(settings, data, model):
+    """GFLOPs of one example's forward. What does not fit fails here, not after training."""
+    batch = next(iter(data.split(TASKS[settings.task].SPLITS[0])))
+    one = {name: value[:1] for name, value in batch.items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _, _, routings = data.loss(model, one)
+    examine(data, one, 0, routings)
+    return counter.get_total_flops() / 1e9
 
 
-# ---------------------------------------------------------------- training and evaluation
-def precision(args, device):
-    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+def make_optimizer(settings, model, device):
+    """AdamW. No decay on norms, biases and positions, nor on routers: that would flatten gates."""
+    spared = {"position"}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            spared |= {f"{name}.{parameter}" for parameter in module.no_decay()}
+    weights = {"params": [], "weight_decay": settings.weight_decay, "factor": 1.0}
+    bare = {"params": [], "weight_decay": 0.0, "factor": 1.0}
+    gates = {"params": [], "weight_decay": 0.0, "factor": settings.router_lr}
+    for name, parameter in model.named_parameters():
+        group = bare if parameter.ndim < 2 or name in spared else weights
+        if ".router." in name:
+            group = gates
+        if parameter.requires_grad:
+            group["params"].append(parameter)
+    parts = [weights, bare, gates]
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(parts, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
+
+
+def learning_rate(settings, step):
+    warm = max(1, round(settings.warmup * settings.steps))
+    if step < warm or settings.schedule == "constant":
+        return settings.lr * min(1, (step + 1) / warm)
+    done = (step - warm) / max(1, settings.steps - warm)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train_step(settings, data, model, optimizer, step, due=True, caught=()):
+    """One optimiser step: forward and backward of each part of the batch, clip, step, update.
+
+    Returns sums (for data.metrics), losses (of the routers), the last part's routings {block:
+    Routing}, and stop, whether a process has caught a signal. due: also the norm of the routers'
+    gradients, for the log. FloatingPointError, before any weight moves, for a loss or gradient that
+    is not finite.
+    """
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(settings, step) * group["factor"]
+    torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
+    weights = BALANCE[settings.balance] | {"z": settings.z_loss}
+    if settings.balance_weight is not None:
+        weights |= dict.fromkeys(BALANCE[settings.balance], settings.balance_weight)
+    sums, losses, seen = {}, {}, []
+    parts = parts_of_batch(settings)
+    for i, part in enumerate(parts):
+        batch = data.batch(step, part=part)
+        with precision(settings, data.device), unsynchronised(model, i + 1 < len(parts)):
+            loss, counts, routings = data.loss(model, batch)
+            objective = loss
+            for name, value in router_losses(routings).items():
+                if weights.get(name):
+                    objective = objective + weights[name] * value
+                add(losses, {name: value.detach() / len(parts)})
+        (objective / len(parts)).backward()
+        add(sums, counts | {"loss": loss.detach() * counts["count"]})
+        seen.append(once(routings))
+    if due:
+        for moe, routing in zip(moes(model), routings.values()):
+            gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
+            routing.router_gradient = nn.utils.get_total_norm(gradients)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    sums = total(sums | {"stop": len(caught)}, data.device)
+    losses = total(losses, data.device, share=processes()[1])
+    if not torch.isfinite(norm + sums["loss"]):
+        raise FloatingPointError(
+            f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm "
+            f"{float(norm):.3g}; per block {json.dumps(statistics(routings))}"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    distinct = dict.fromkeys(moe.router for moe in moes(model))  # blocks may share one
+    for i, router in enumerate(distinct):
+        generator = seeded(settings.seed, step + 1, "router", i)
+        router.update([of_part[i] for of_part in seen], generator)
+    losses["grad_norm"] = norm
+    return SimpleNamespace(sums=sums, losses=losses, routings=routings, stop=bool(sums["stop"]))
+
+
+def precision(settings, device):
+    half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
-def processes():
-    """This process's number and how many there are: (0, 1) but under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def total(values, device, share=1):
-    """{name: number} summed over all processes, divided by `share`."""
-    if not dist.is_initialized():
-        return values
-    vector = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
-    dist.all_reduce(vector)
-    return dict(zip(values, vector / share))
-
-
-class WholeNoise(TorchFunctionMode):
-    """Inside, a process draws the noise of the whole batch [processes*G, ...] and takes its own part."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        rank, size = processes()
-        if function is not torch.randn_like or size == 1:
-            return function(*args, **(kwargs or {}))
-        own = args[0]
-        return torch.randn(size * len(own), *own.shape[1:], dtype=own.dtype, device=own.device)[rank * len(own) :][: len(own)]
-
-
-def evenness(load):
-    """Of load [E], the shares of all assignments: that of the busiest expert over the mean, and how many experts got nothing."""
-    return {"load": float(load.max() * len(load) / load.sum().clamp(min=1e-9)), "dead": int((load == 0).sum())}
-
-
-def statistics(routings):
-    """The signs of a router's health, per MoE block, from {block: Routing}.
-
-    load max/mean; experts that got nothing; share of tokens in no slot; slots a token sits in; entropy of the gates, 1 =
-    uniform; in training, the norm of the router's gradient before clipping.
-    """
-    stats = {}
-    for block, routing in routings.items():
-        counts = routing.counts()
-        stats[block] = {**evenness(routing.load), "dropped": float((counts == 0).float().mean()), "slots_per_token": float(counts.float().mean())}
-        if hasattr(routing, "logits"):
-            gates = routing.logits.detach().float().flatten(2).softmax(-1)
-            stats[block]["entropy"] = float(-torch.special.xlogy(gates, gates).sum(-1).mean() / math.log(max(2, gates.shape[-1])))
-        if hasattr(routing, "router_gradient"):
-            stats[block]["router_gradient"] = float(routing.router_gradient)
-    return stats
-
-
-def add(sums, values):
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + value
+def router_losses(routings):
+    """{name: the sum over all blocks}; blocks that share a routing count it once."""
+    losses = {}
+    for routing in once(routings):
+        add(losses, routing.losses)
+    return losses
 
 
 def once(routings):
@@ -404,94 +468,893 @@ def once(routings):
     return list({id(routing): routing for routing in routings.values()}.values())
 
 
-def mean_statistics(several):
-    return {b: {k: float(np.mean([s[b][k] for s in several])) for k in several[0][b]} for b in several[0]} if several else {}
+def add(sums, values):
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def moes(model):
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def statistics(routings):
+    """The signs of a router's health, {block: {sign: number}}; what stands here is also drawn.
+
+    load max/mean; experts that got nothing; the share of tokens in no slot; slots a token sits in;
+    entropy of the gates, 1 = uniform; in training, the norm of the router's gradient.
+    """
+    told = {}
+    for block, routing in routings.items():
+        counts = routing.counts()
+        signs = told[block] = evenness(routing.load)
+        signs["dropped"] = float((counts == 0).float().mean())
+        signs["slots_per_token"] = float(counts.float().mean())
+        if hasattr(routing, "gates"):
+            gates = routing.gates.detach().float()
+            entropy = -torch.special.xlogy(gates, gates).sum(-1).mean()
+            signs["entropy"] = float(entropy / math.log(max(2, gates.shape[-1])))
+        if hasattr(routing, "router_gradient"):
+            signs["router_gradient"] = float(routing.router_gradient)
+    return told
+
+
+def evenness(load):
+    """Of load [E], shares or sums: the busiest expert's over the mean, and how many got nothing."""
+    most = load.max() * len(load) / load.sum().clamp(min=1e-9)
+    return {"load": float(most), "dead": int((load == 0).sum())}
 
 
 @torch.no_grad()
-def evaluate(args, task, model, data, split, device):
-    """Metrics over a whole split, cross-entropy alone and without noise, and the routings' statistics."""
+def check_sound(data, model, step):
+    """FloatingPointError for weights that are not finite, or whose loss is not: never save them."""
+    finite = True
+    for tensor in model.state_dict().values():
+        finite = finite and bool(torch.isfinite(tensor).all())
     model.eval()
-    sums, stats, loads = {}, [], {}
-    for batch in data.split(split):
-        with precision(args, device):
-            loss, counts, routings = task.loss(model, batch)
-        add(sums, {name: float(value) for name, value in (counts | {"loss": loss * counts["count"]}).items()})
+    batch = data.batch(step - 1, part=slice(0, 8))
+    loss = data.loss(model, batch)[0] if finite else math.nan
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"step {step}: the new weights are not finite, or their loss is not"
+        )
+
+
+def conclude(settings, data, model, device):
+    """Evaluate, probe and examine: the summary, and how labels meet experts, for the report."""
+    task = TASKS[settings.task]
+    summary = {"router": title(settings), "steps": settings.steps}
+    for split in task.SPLITS:
+        summary[split] = evaluate(settings, data, model, split)
+    last = task.SPLITS[-1]
+    with dropless(model) as differs:
+        if differs:
+            summary[f"{last}_dropless"] = evaluate(settings, data, model, last)
+    summary["parameters"], summary["active_parameters"] = parameters(model, data)
+    summary["specialisation"], joints = specialisation(settings, data, model)
+    summary |= data.report(settings, model, lambda: build(settings, data, device))
+    return summary, joints
+
+
+@torch.no_grad()
+def evaluate(settings, data, model, split):
+    """Metrics over a whole split, cross-entropy alone, without noise; and its routings' signs."""
+    model.eval()
+    sums, loads, signs, batches = {}, {}, {}, 0
+    for batch in waiting(data.split(split), f"evaluating on {split}"):
+        with precision(settings, data.device):
+            loss, counts, routings = data.loss(model, batch)
+        for name, value in (counts | {"loss": loss * counts["count"]}).items():
+            add(sums, {name: float(value)})
+        for block, of in statistics(routings).items():
+            add(signs.setdefault(block, {}), of)
         add(loads, {block: routing.load for block, routing in routings.items()})
-        stats.append(statistics(routings))
-    return {**task.metrics(sums), "blocks": {block: of | evenness(loads[block]) for block, of in mean_statistics(stats).items()}}
+        batches += 1
+    blocks = {}
+    for block, of in signs.items():
+        blocks[block] = {name: value / batches for name, value in of.items()}
+        blocks[block] |= evenness(loads[block])  # of the whole split
+    metrics = numbers(data.metrics(sums))
+    if not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the evaluation: loss {metrics['loss']} on {split}")
+    return metrics | {"blocks": blocks}
 
 
-def train_step(args, task, model, optimizer, data, step, device, caught=(), before_moving=lambda: None):
-    """One optimiser step: forward and backward of each part of the batch, clip, step, then what no gradient moves.
+def numbers(values):
+    return {name: float(value) for name, value in values.items()}
 
-    Returns metrics of the whole batch, the last part's routings, and whether a process has caught a signal. Raises
-    FloatingPointError, before any weight has moved, for a loss or a gradient norm that is not finite.
+
+@contextmanager
+def dropless(model):
+    """Inside, no token is dropped where tokens or thresholds choose; yields: does that differ?"""
+    before = {}
+    for moe in moes(model):
+        router, factor = moe.router, moe.router.options.capacity_factor
+        if router.chooses in ("tokens", "threshold") and factor is not None:
+            before[router] = factor
+    for router in before:
+        room = None if router.chooses == "tokens" else float(router.num_experts)
+        router.options.capacity_factor = room
+    try:
+        yield bool(before)
+    finally:
+        for router, factor in before.items():
+            router.options.capacity_factor = factor
+
+
+def parameters(model, data):
+    """Total parameters, and active ones: an expert counts by the share of tokens it is to serve."""
+    count = sum(p.numel() for p in model.parameters())
+    idle = 0.0
+    for moe in moes(model):
+        o, E = moe.router.options, moe.router.num_experts
+        share = o.top_k * (o.capacity_factor or 1) / E
+        if getattr(o, "slots", None):
+            share = o.slots / data.tokens
+        idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
+    return count, round(count - idle)
+
+
+def tell(settings, data, model, summary, joints):
+    """Print what a run found."""
+    say(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
+    rows = []
+    for block, of in summary["specialisation"].items():
+        for label, (value, mean, bound) in of.items():
+            numbers = {"NMI": value, "by chance": mean, "95 % of chance": bound}
+            texts = {name: f"{number:.3f}" for name, number in numbers.items()}
+            rows.append({"block": str(block), "experts know of": label, **texts})
+    if rows:
+        say(table(rows))
+    words = data.tell(model, joints)
+    if words:
+        say(words)
+
+
+def title(settings):
+    return settings.router + (f" ({settings.remark})" if settings.remark else "")
+
+
+def about(settings, device):
+    words = f"{device.type}, torch {torch.__version__}, seed {settings.seed}"
+    if settings.compile and getattr(settings, "capacity_factor", 1) is None:
+        words += "; compiled, a dropless expert computes a slot for every token of its group"
+    return words
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def progress(settings, step):
+    return tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
+
+
+def waiting(batches, what):
+    return tqdm(batches, desc=what, leave=False, dynamic_ncols=True)
+
+
+def show(bar, line):
+    named = ("loss", "top1", "miou", "bits_per_byte")
+    bar.set_postfix({name: f"{line[name]:.3g}" for name in named if name in line})
+
+
+# ================================================================ Later: the table
+DECIMALS = {  # of a column; 1 where it is not named
+    "bits/byte": 3,
+    "dropless": 3,
+    "as generated": 3,
+    "perplexity": 2,
+    "bytes/token": 2,
+    "load max/mean": 2,
+    "slots/token": 2,
+    "GFLOPs": 4,
+    "vocabulary": 0,
+    "parameters": 0,
+    "active": 0,
+    "seconds": 0,
+    "images/s": 0,
+    "sequences/s": 0,
+}
+CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to tell
+KNOWN = ("patch kind", "class", "texture", "shape", "position", "token class", "topic")
+
+
+def row(summaries, task, known=False):
+    """A row of the table, {column: text}, of the runs of one setting.
+
+    A lone run's numbers, or mean ± deviation over the runs. known: also what experts know of
+    labels, NMI less its null's mean, the mean of the blocks.
     """
-    model.train()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(args, step)
-    torch.manual_seed(seeded(args.seed, step, "noise").initial_seed())
-    (rank, size), weights, whole = processes(), loss_weights(args), args.batch_size // args.grad_accum
-    rows = whole // size
-    sums, losses, seen = {"stop": len(caught)}, {}, []
-    for i in range(args.grad_accum):
-        batch = data.batch(step, part=slice(i * whole + rank * rows, i * whole + (rank + 1) * rows))
-        with model.no_sync() if size > 1 and i + 1 < args.grad_accum else nullcontext():
-            with precision(args, device), WholeNoise() if size > 1 else nullcontext():
-                loss, counts, routings = task.loss(model, batch)
-            terms = {}
-            for routing in once(routings):
-                add(terms, routing.losses)
-            objective = loss + sum(weight * terms[name] for name, weight in weights.items() if weight and name in terms)
-            (objective / args.grad_accum).backward()
-        add(sums, counts | {"loss": loss.detach() * counts["count"]})
-        add(losses, {name: value.detach() / args.grad_accum for name, value in terms.items()})
-        seen.append(once(routings))
-    for moe, routing in zip(moes(model), routings.values()):
-        routing.router_gradient = nn.utils.get_total_norm([p.grad for p in moe.router.parameters() if p.grad is not None])
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-    sums, losses = total(sums, device), total(losses, device, size)
-    if not torch.isfinite(norm + sums["loss"]):
-        raise FloatingPointError(f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm {float(norm):.3g}; "
-                                 f"per block {json.dumps(statistics(routings))}")
-    before_moving()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for layer, router in enumerate(dict.fromkeys(moe.router for moe in moes(model))):
-        own = [routings[layer] for routings in seen]
-        for routing in own:
-            for name in {"load", "quantile"} & set(vars(routing)) if size > 1 else ():  # what bias and threshold go by
-                setattr(routing, name, total({name: getattr(routing, name)}, device, size)[name])
-        router.update(own, seeded(args.seed, step + 1, "router", layer))
-    return {**task.metrics(sums), **losses, "grad_norm": norm}, routings, bool(sums["stop"])
+    of_runs = [cells(summary, task, known) for summary in summaries]
+    texts = {}
+    for name in of_runs[0]:
+        values = [of[name] for of in of_runs]
+        decimals = 3 if name.startswith("NMI") else DECIMALS.get(name, 1)
+        texts[name] = spell_cell(values, decimals, spread=name not in CONSTANT)
+    return texts
 
 
-def save(folder, name, content):
-    """Write a file whole or not at all: to a temporary name, flushed, then in place of the old one. Process 0 alone does."""
-    if processes()[0]:
-        return
+def cells(summary, task, known):
+    """{column: number, list of one number a block, (mean, deviation), or None} of one run."""
+    blocks = summary[task.SPLITS[-1]]["blocks"].values()
+    told = task.columns(summary)
+    told["load max/mean"] = [block["load"] for block in blocks]
+    told["dropped %"] = [100 * block["dropped"] for block in blocks]
+    told["slots/token"] = [block["slots_per_token"] for block in blocks]
+    told["parameters"], told["active"] = summary["parameters"], summary["active_parameters"]
+    told["GFLOPs"] = summary["gflops"]
+    told[f"{task.UNIT}/s"] = summary[f"{task.UNIT}_per_second"]
+    told["first step s"] = summary.get("first_step_seconds")
+    told["seconds"] = summary["seconds"]
+    for label in KNOWN if known else ():
+        values = []
+        for of in summary["specialisation"].values():
+            if label in of:
+                values.append(of[label][0] - of[label][1])
+        told[f"NMI {label}"] = float(np.mean(values)) if values else None
+    return told
+
+
+def spell_cell(values, decimals, spread):
+    """The values of one column in all runs of a row, as text."""
+
+    def spell(number):
+        return f"{number:,.{decimals}f}"
+
+    if None in values or [] in values:
+        return "-"
+    if isinstance(values[0], list):
+        return ", ".join(spell(number) for number in np.mean(values, 0))  # one for each block
+    if isinstance(values[0], tuple):
+        if len(values) == 1:
+            return " ± ".join(spell(number) for number in values[0])  # of a lone run, over draws
+        values = [mean for mean, _ in values]
+    text = spell(np.mean(values))
+    if spread and len(values) > 1:
+        text += f" ± {spell(deviation(values))}"
+    return text
+
+
+def deviation(values):
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def table(rows):
+    """Rows of {column: text} as Markdown, columns aligned; none in which nothing stands."""
+    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+
+    def line(texts):
+        padded = [text.ljust(width[name]) for name, text in zip(names, texts)]
+        return "| " + " | ".join(padded) + " |"
+
+    lines = [line(names), line(["-" * width[name] for name in names])]
+    lines += [line([row[name] for name in names]) for row in rows]
+    return "\n".join(lines)
+
+
+def results(folder):
+    """All finished runs below a folder in one table: printed, and written to results.md there.
+
+    report.html beside it shows the table and the loss curves.
+    """
+    runs, notes = finished(folder)
+    tasks = {of.settings.task for of in runs}
+    if len(tasks) != 1:
+        why = "no finished run (a folder with a summary.json) lies there"
+        if tasks:
+            why = f"holds runs of several tasks: {', '.join(sorted(tasks))}"
+        raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
+    task = TASKS[tasks.pop()]
+    groups = {}
+    for of in runs:  # the runs of one setting, one of each seed
+        key = {name: value for name, value in of_result(of.settings).items() if name != "seed"}
+        groups.setdefault(json.dumps(key, sort_keys=True), {})[of.settings.seed] = of
+    axes = axes_of(runs)
+    entries = []
+    for group in groups.values():
+        first = next(iter(group.values()))
+        summaries = [of.summary for of in group.values()]
+        texts = {"router": title(first.settings)}
+        texts |= {name: spell_setting(first, name) for name in axes}
+        entry = SimpleNamespace(name=" ".join(text for text in texts.values() if text != "-"))
+        texts |= {"recipe": recipe(first.settings, axes), "seeds": str(len(group))}
+        entry.texts = texts | row(summaries, task, known=True)
+        entry.scores = [score(summary, task) for summary in summaries]
+        entry.lines = [of.lines for of in group.values()]
+        entries.append(entry)
+    entries.sort(key=lambda entry: -np.mean(entry.scores))
+    rank(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
+    shown = table([entry.texts for entry in entries])
+    same = []
+    for name in ("task", "size", "data", "steps", "batch_size", "lr"):
+        values = {spell_setting(of, name) for of in runs}
+        if len(values) == 1 and values != {"-"}:
+            same.append(f"{flag(name)} {values.pop()}")
+    shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
+    save(pathlib.Path(folder) / "results.md", shown + "\n")
+    save(pathlib.Path(folder) / "report.html", grid_page(entries, shown))
+    say(shown)
+
+
+def finished(folder):
+    """The runs below a folder (settings, said, summary, lines), and notes on what is not whole."""
+    runs, notes = [], []
+    for path in sorted(path.parent for path in pathlib.Path(folder).glob("*/config.json")):
+        if not (path / "summary.json").exists():
+            notes.append(f"Not finished: {path.name}")
+            continue
+        try:
+            said = read_said(path)
+            summary = read_json(path / "summary.json")
+            of = SimpleNamespace(settings=settle(said), said=said, summary=summary)
+            row([summary], TASKS[of.settings.task], known=True)  # raises where something is missing
+            of.lines = read_lines(path)
+            runs.append(of)
+        except (
+            Exception
+        ) as error:  # a damaged file fails in many ways; the others are still a table
+            notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
+    return runs, notes
+
+
+def axes_of(runs):
+    """The settings that were said, and differ between runs that have them: a column each."""
+    said = dict.fromkeys(name for of in runs for name in of.said)
+    axes = []
+    for name in said:
+        values = {spell_setting(of, name) for of in runs} - {"-"}
+        if len(values) > 1 and name not in FREE | {"router", "seed"}:
+            axes.append(name)
+    return axes
+
+
+def spell_setting(of, name):
+    """A run's setting as text; "-" where it has none, or where it means nothing."""
+    value = getattr(of.settings, name, None)
+    dropless = name == "capacity_factor" and hasattr(of.settings, name)
+    if name in unused(of.said | {name: value}) or (value is None and not dropless):
+        return "-"
+    return spell(value)
+
+
+def recipe(settings, axes):
+    """What the router's recipe for the task set, as text: rows may differ by that alone."""
+    kind = ROUTERS.get(settings.router)
+    parts = []
+    for name in kind.recipes.get(settings.task, {}) if kind else ():
+        if hasattr(settings, name) and name not in axes:
+            parts.append(f"{name} {spell(getattr(settings, name))}")
+    return ", ".join(parts) or "-"
+
+
+def rank(entries, task, digits):
+    """Fill in the column "to the best": a difference within both deviations is a tie."""
+    best = entries[0]
+    for entry in reversed(entries):
+        if "(leaky)" not in entry.texts["router"]:
+            best = entry
+    for entry in entries:
+        gap = np.mean(entry.scores) - np.mean(best.scores)
+        spread = math.hypot(deviation(entry.scores), deviation(best.scores))
+        if entry is best:
+            told = "best"
+        elif min(len(entry.scores), len(best.scores)) == 1:
+            told = "one seed"
+        elif abs(gap) <= spread:
+            told = "tie"
+        else:
+            told = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
+        entry.texts["to the best"] = told
+
+
+def score(summary, task):
+    """By which rows are ranked, more is better: the first of the task's columns, else the loss."""
+    value = next(iter(task.columns(summary).values()))
+    if value is None:
+        return -summary[task.SPLITS[-1]]["loss"]
+    return value if task.MORE_IS_BETTER else -value
+
+
+# ================================================================ Later: what experts know
+def specialisation(settings, data, model):
+    """What an expert's choice tells of the labels of a token.
+
+    {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}, and for pictures {block:
+    {label: (share [labels, E + 1], the labels' names)}}: how many tokens of a label go to each
+    expert, a token divided by its weights; the last column is no expert.
+    """
+    model.eval()
+    gathered, start = {}, 0
+    for batch in waiting(data.split(TASKS[settings.task].EXAMINED), "examining experts"):
+        with torch.no_grad(), precision(settings, data.device):
+            routings = data.loss(model, batch)[2]
+        for key, parts in examine(data, batch, start, routings).items():
+            gathered.setdefault(key, []).append(parts)
+        start += len(next(iter(batch.values())))
+    found, joints = {}, {}
+    for (block, label_name, names), parts in gathered.items():
+        mass, label, unit = zip(*parts)
+        mass, label = torch.cat(mass), torch.cat(label)
+        total_mass = mass.sum(1, keepdim=True)
+        share = torch.cat([mass / total_mass.clamp(min=1e-30), (total_mass == 0).float()], 1)
+        joint = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
+        joints.setdefault(block, {})[label_name] = joint, names
+        if unit[0] is not None and len(label):
+            found.setdefault(block, {})[label_name] = nmi_and_null(mass, label, torch.cat(unit))
+    return found, joints
+
+
+def examine(data, batch, start, routings):
+    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens."""
+    found = {}
+    for name, (label, unit, names) in data.labels(batch, start).items():
+        known = label.flatten() >= 0
+        for block, routing in routings.items():
+            mass = routing.mass().float().cpu()
+            mass = mass.reshape(len(label), -1, mass.shape[-1])  # [B, T, E]; [B, 1, E] of sequences
+            if mass.shape[1] not in (1, label.shape[1]):
+                rule = f"labels of {label.shape[1]} tokens an example do not fit a routing"
+                raise ValueError(f"{rule} of {mass.shape[1]}")
+            of = unit
+            if unit is not None and mass.shape[1] < len(unit[0].unique()):
+                sequence = start + torch.arange(len(label))  # what is routed whole is dealt whole
+                of = sequence[:, None].expand_as(label)
+            mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)
+            units = None if of is None else of.flatten()[known]
+            found[block, name, tuple(names)] = mass[known], label.flatten()[known], units
+    return found
+
+
+def nmi(joint):
+    """Normalised mutual information I / sqrt(H H) of a joint mass [labels, E]; 0 if an H is 0."""
+
+    def entropy(p):
+        return float(-torch.special.xlogy(p, p).sum())
+
+    p = joint.double() / joint.sum()
+    labels, experts = entropy(p.sum(1)), entropy(p.sum(0))
+    if min(labels, experts) <= 1e-12:
+        return 0.0
+    return (labels + experts - entropy(p)) / math.sqrt(labels * experts)
+
+
+def nmi_and_null(mass, label, unit, draws=100):
+    """[NMI, null mean, null 95 %] of expert with label: mass [N, E], label [N], unit [N].
+
+    The null deals the units' labels out anew. On a unit the label is constant (a document and its
+    topic), or the routing is (a sequence routed whole); (unit, label) pairs that occur serve both.
+    """
+    units, index = unit.unique(return_inverse=True)
+    routed = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
+    labels = int(label.max()) + 1
+    pairs, count = (index * labels + label).unique(return_counts=True)
+    of_unit, of_label = pairs // labels, pairs % labels
+    share = (count / index.bincount()[of_unit]).to(mass.dtype)  # of its unit's tokens
+
+    def joint(order):
+        """[labels, E] when unit u has the labels of unit order[u]."""
+        dealt = routed[order.argsort()[of_unit]] * share[:, None]
+        return routed.new_zeros(labels, routed.shape[1]).index_add(0, of_label, dealt)
+
+    g = seeded("null")
+    null = [nmi(joint(torch.randperm(len(units), generator=g))) for _ in range(draws)]
+    value = nmi(joint(torch.arange(len(units))))
+    return [value, float(np.mean(null)), float(np.quantile(null, 0.95))]
+
+
+# ================================================================ Later: the report page
+PAGE = """<!doctype html>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>{title}</title>
+<style>
+  body {{ font: 15px/1.5 sans-serif; margin: 1.5em auto; max-width: 1180px; padding: 0 1em; }}
+  .row {{ display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1em 2em; }}
+  .wide {{ overflow-x: auto; }}
+  svg, img {{ max-width: 100%; height: auto; }}
+  pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }}
+  pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
+  td, th {{ padding: .1em .7em .1em 0; text-align: left; }}
+  .mosaic td, .mosaic th {{ padding: 0; text-align: center; }}
+  span {{ white-space: pre-wrap; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+SIGNS = {  # headings; a sign that statistics() adds is drawn under its own name
+    "load": "load max/mean: 1 is even",
+    "dead": "experts without a token",
+    "dropped": "share of tokens in no slot",
+    "slots_per_token": "slots a token sits in",
+    "entropy": "entropy of the gates: 1 is uniform",
+    "router_gradient": "norm of the router's gradient",
+}
+LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a picture shows at least
+
+
+def report_page(settings, data, model, summary, joints, record):
+    """The page of one run, HTML that needs no network."""
+    lines = read_lines(record.folder)
+    told = row([summary], TASKS[settings.task])
+    facts = {"data": data.about, "seed": str(settings.seed), **told}
+    rows = [
+        f"<tr><th>{escape(name)}<td>{escape(text)}" for name, text in facts.items() if text != "-"
+    ]
+    body = ["<div class=wide><table>", *rows, "</table></div>"]
+    body += ["<h2>Step by step</h2>", "<div class=row>", *health(lines), "</div>"]
+    maps = []
+    for block, of in joints.items():
+        for name, (joint, names) in of.items():
+            if len(names) <= 24:  # more rows are no picture
+                maps.append(heat_map(f"block {block}: {name}", joint, names))
+    if maps:
+        body.append("<h2>Where the tokens of each label go</h2>")
+        body.append(
+            "<p>In a row: the share of a label's tokens that each expert serves, white none, "
+        )
+        body.append(
+            "dark blue the most; a token in several slots is divided by its weights. Column "
+        )
+        body.append("“none”: those that no expert serves.</p><div class=row>")
+        body += [*maps, "</div>"]
+    body.append(data.pictures(model, joints))
+    return PAGE.format(
+        title=escape(f"{settings.task}, router {title(settings)}"), body="\n".join(body)
+    )
+
+
+def grid_page(entries, shown):
+    """The page of a grid: its table, and the loss of each row, the mean over its runs."""
+    lines = {}
+    for entry in entries:
+        losses = []
+        for of in entry.lines:
+            losses.append({line["step"]: line["loss"] for line in of if "loss" in line})
+        lines[entry.name] = []
+        for step in losses[0] if losses else ():
+            if all(step in of for of in losses):
+                lines[entry.name].append((step, float(np.mean([of[step] for of in losses]))))
+    smooth = {name: smoothed(line) for name, line in lines.items()}
+    body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
+    body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
+    return PAGE.format(title="Results", body=body + legend(lines) + "</div>")
+
+
+def smoothed(line, width=0.02):
+    """A line of (x, y), each y the mean of its neighbours within a share of the length."""
+    reach = max(0, round(width * len(line)))
+    means = []
+    for i, (x, _) in enumerate(line):
+        near = [y for _, y in line[max(0, i - reach) : i + reach + 1]]
+        means.append((x, float(np.mean(near))))
+    return means
+
+
+def health(lines):
+    """Pictures of the loss, the gradient's norm and every sign of the blocks, step by step."""
+    pictures = []
+    for name, heading in ("loss", "loss"), ("grad_norm", "gradient norm"):
+        line = [(of["step"], of[name]) for of in lines if name in of]
+        pictures.append(curves(heading, {"": line}))
+    blocks = lines[-1].get("blocks", {}) if lines else {}
+    signs = dict.fromkeys(sign for of in blocks.values() for sign in of)
+    for sign in signs:
+        by_block = {}
+        for block in blocks:
+            by_block[f"block {block}"] = [
+                (of["step"], of["blocks"][block][sign])
+                for of in lines
+                if sign in of.get("blocks", {}).get(block, {})
+            ]
+        pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign)))
+    return pictures
+
+
+def curves(heading, lines, limits=None, width=350, height=210):
+    """An SVG of lines {name: [(x, y), ...]} in one frame. limits: y that must be seen."""
+    points = [point for line in lines.values() for point in line if math.isfinite(point[1])]
+    xs, ys = [x for x, _ in points] or [0, 1], [y for _, y in points] or [0, 1]
+    left, right = min(xs), max(xs)
+    low, high = min([*ys, *(limits or ys)]), max([*ys, *(limits or ys)])
+    high = high if high > low else low + (abs(low) or 1)
+    x0, y0, w, h = 52, 26, width - 64, height - 50
+
+    def place(x, y):
+        across = (x - left) / ((right - left) or 1)
+        return f"{x0 + w * across:.1f},{y0 + h - h * (y - low) / (high - low):.1f}"
+
+    parts = [svg_text(x0, 16, heading, more='font-weight="bold"')]
+    parts.append(f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#999"/>')
+    for tick in ticks(low, high):
+        y = float(place(left, tick).split(",")[1])
+        parts.append(f'<path d="M{x0},{y}h{w}" stroke="#ddd"/>')
+        parts.append(svg_text(x0 - 5, y + 4, f"{tick:.4g}", "end"))
+    for tick in ticks(left, right):
+        x = float(place(tick, low).split(",")[0])
+        parts.append(svg_text(x, y0 + h + 16, f"{tick:.6g}", "middle"))
+    for i, (name, line) in enumerate(lines.items()):
+        drawn = " ".join(place(*point) for point in line if math.isfinite(point[1]))
+        style = f'stroke="{hue(i, len(lines))}" stroke-width="1.5" stroke-dasharray="{dashes(i)}"'
+        label = f"<title>{escape(name)}</title>"
+        parts.append(f'<polyline points="{drawn}" fill="none" {style}>{label}</polyline>')
+        if 1 < len(lines) <= 6:
+            x = x0 + w - 8
+            parts.append(svg_text(x, y0 + 14 + 14 * i, name, "end", f'fill="{hue(i, len(lines))}"'))
+    return svg(width, height, parts)
+
+
+def ticks(low, high):
+    """Three to six round numbers from low to high."""
+    if not high > low:
+        return [low]
+    step = 10 ** math.floor(math.log10((high - low) or 1))
+    while (high - low) / step > 5:
+        step *= 2
+    while (high - low) / step < 2:
+        step /= 2
+    first = math.ceil(low / step - 1e-9)
+    return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def heat_map(heading, joint, names, cell=22):
+    """An SVG of joint [labels, E + 1]: of each label, the share of its tokens in each column."""
+    share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
+    most = max(1e-9, float(share.max()))
+    experts = share.shape[1] - 1
+    x0, y0 = 150, 46
+    parts = [svg_text(4, 16, heading, more='font-weight="bold"')]
+    heads = [*map(str, range(experts)), "none"]
+    for e, head in enumerate(heads):
+        parts.append(svg_text(x0 + cell * (e + 0.5) + 6 * (e == experts), y0 - 6, head, "middle"))
+    for r, name in enumerate(names):
+        parts.append(svg_text(x0 - 6, y0 + cell * (r + 0.7), name, "end"))
+        for e, part in enumerate(share[r].tolist()):
+            x, y = x0 + cell * e + 6 * (e == experts), y0 + cell * r
+            red, green, blue = (round(255 - part / most * (255 - full)) for full in (8, 48, 107))
+            told = f"{name}, {'no expert' if e == experts else f'expert {e}'}: {part:.3f}"
+            parts.append(
+                f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" stroke="#ddd" '
+                f'fill="rgb({red},{green},{blue})"><title>{escape(told)}</title></rect>'
+            )
+    bottom = y0 + cell * len(names)
+    parts.append(svg_text(x0, bottom + 16, f"the darkest: {most:.2f}"))
+    return svg(max(290, x0 + cell * (experts + 1) + 20), bottom + 26, parts)
+
+
+def svg(width, height, parts):
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
+    )
+    return head + "".join(parts) + "</svg>"
+
+
+def svg_text(x, y, words, anchor="start", more=""):
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {place} {more}>{escape(str(words))}</text>"
+
+
+def hue(i, count):
+    """The colour of line i of so many; a lone line is grey."""
+    return "#444444" if count == 1 else "rgb{}".format(color(i, count, lightness=0.4))
+
+
+def dashes(i):
+    """Lines over one another are told apart by their dashes."""
+    return ("none", "6 3", "2 3", "8 3 2 3")[i % 4]
+
+
+def legend(names):
+    rows = [
+        f'<div><span style="color:{hue(i, len(names))}">&#9632;</span> {escape(name)}</div>'
+        for i, name in enumerate(names)
+    ]
+    return "<div>" + "\n".join(rows) + "</div>"
+
+
+def escape(text):
+    return html.escape(str(text))
+
+
+def picture(folders, path, count=6):
+    """Write a PNG: test images, their patches coloured by expert, one finished run after another.
+
+    Columns of a run: the image, then a column for each block with experts.
+    """
+    parts = []
+    for folder in folders:
+        _, data, model, _ = load_run(folder)
+        parts.append(data.mosaic(model, count))
+    sheet = np.concatenate(
+        [np.pad(part, ((0, 0), (0, 12), (0, 0)), constant_values=255) for part in parts], 1
+    )
+    pathlib.Path(path).write_bytes(moe_vision.png(sheet))
+
+
+# ================================================================ Later: runs that survive
+class Record:
+    """The folder of a run. As a context, it keeps other processes out of the folder.
+
+    checkpoint.pt says where metrics.jsonl ended, so that going on cuts it back to there.
+    """
+
+    def __init__(self, settings, said, folder=None):
+        self.settings, self.said = settings, said
+        self.folder = pathlib.Path(folder or settings.out or fresh_folder(settings))
+        self.new = folder is None
+        self.writes = processes()[0] == 0
+        self.lock = self.lines = None
+        self.saved = self.end = 0  # the last checkpoint's step, and where metrics.jsonl ended
+        self.before = self.first = 0.0  # seconds spent earlier, seconds of the first step
+
+    def __enter__(self):
+        if self.writes:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise ValueError(f"--out {self.folder} is a file")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = locked(self.folder)
+            if self.new and any(self.folder.iterdir()):
+                raise ValueError(f"--out {self.folder} is not empty; choose another folder")
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.lines is not None:
+            self.lines.close()
+        if self.lock is not None:
+            os.close(self.lock)
+        if kind is FloatingPointError:
+            good = "no checkpoint was saved before"
+            if self.saved:
+                good = f"the checkpoint of step {self.saved} in {self.folder} is the last good one"
+            raise FloatingPointError(f"diverged at {error}; {good}") from None
+
+    def restore(self, model, optimizer):
+        """Load the checkpoint into model and optimizer; returns its step. Nothing is written."""
+        checkpoint = read_checkpoint(self.folder)
+        with reading(self.folder, "is no run", "holds a checkpoint that does not fit the run"):
+            for name, value in of_result(self.settings).items():
+                had = checkpoint["settings"][name]
+                if had != value and name != "steps":
+                    raise ValueError(f"it has {flag(name)} {had}, not {value}")
+            step, end = int(checkpoint["step"]), int(checkpoint["metrics_end"])
+            if step > self.settings.steps:
+                raise ValueError(f"it is of step {step}, beyond --steps {self.settings.steps}")
+            if self.writes and (self.folder / "metrics.jsonl").stat().st_size < end:
+                raise ValueError("metrics.jsonl is shorter than at the checkpoint")
+            model.load_state_dict(checkpoint["model"])
+            load_optimizer(optimizer, checkpoint["optimizer"])
+            made_by = checkpoint["versions"]
+            self.before = float(checkpoint["seconds"])
+        if made_by != versions():
+            note = (
+                f"the checkpoint is of {made_by}, this is {versions()}: it goes on, not bit for bit"
+            )
+            print(note, file=sys.stderr)
+        self.saved, self.end = step, end
+        return step
+
+    def begin(self, data, device):
+        """Make this the folder of an unfinished run, metrics.jsonl cut back to the checkpoint."""
+        self.start = time.perf_counter()
+        if not self.writes:
+            return
+        if self.saved < self.settings.steps:
+            (self.folder / "summary.json").unlink(missing_ok=True)
+        for name, content in data.files().items():
+            save(self.folder / name, content)
+        made_by = {"device": device.type, "threads": torch.get_num_threads()}
+        made_by |= {"processes": processes()[1]} | versions()
+        config = {"said": self.said, "settings": vars(self.settings), **made_by}
+        save(self.folder / "config.json", config)
+        self.lines = open(self.folder / "metrics.jsonl", "r+b" if self.saved else "wb")
+        self.lines.truncate(self.end)
+        self.lines.seek(self.end)
+
+    def log(self, step, values):
+        """A line of metrics.jsonl. It holds no clock, so that equal runs have equal files."""
+        remark = {"remark": self.settings.remark} if self.settings.remark else {}
+        if self.writes:
+            self.lines.write(json.dumps({"step": step, **remark, **values}).encode() + b"\n")
+            self.lines.flush()
+
+    def save(self, step, model, optimizer):
+        if self.writes and step > self.saved:
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            os.fsync(self.lines.fileno())  # before a checkpoint that counts on these lines
+            content |= {"step": step, "metrics_end": self.lines.tell(), "seconds": self.seconds()}
+            content |= {"settings": of_result(self.settings), "versions": versions()}
+            save(self.folder / "checkpoint.pt", content)
+        self.saved = step
+
+    def seconds(self):
+        return self.before + time.perf_counter() - self.start
+
+    def time_first_step(self):
+        self.first = self.first or time.perf_counter() - self.start
+
+    def spent(self):
+        """Seconds and examples a second of training; a compiled first step is told apart."""
+        seconds, steps = self.seconds(), self.settings.steps
+        told = {"seconds": seconds}
+        if self.settings.compile and steps > 1:
+            told["first_step_seconds"] = self.first
+            seconds, steps = seconds - self.first, steps - 1
+        rate = self.settings.batch_size * steps / max(seconds, 1e-9)
+        return told | {f"{TASKS[self.settings.task].UNIT}_per_second": rate}
+
+    def finish(self, summary, page):
+        """The last lines of metrics.jsonl, the report, the summary; before anything is printed."""
+        for split, values in summary.items():
+            if isinstance(values, dict) and "blocks" in values:
+                self.log(self.settings.steps, {"split": split, **values})
+        save(self.folder / "report.html", page)
+        save(self.folder / "summary.json", summary)
+
+
+def fresh_folder(settings):
+    for number in itertools.count():
+        folder = pathlib.Path("runs", f"{settings.task}-{settings.router}-{number}")
+        if not folder.exists():
+            return folder
+
+
+def locked(folder):
+    """A lock on the folder, which ends with this process however it ends. ValueError if taken."""
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{folder} is in use: another process trains there") from None
+    return lock
+
+
+def of_result(settings):
+    """The settings that decide what a run computes."""
+    return {name: value for name, value in vars(settings).items() if name not in FREE}
+
+
+def versions():
+    return {
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save(path, content):
+    """Write a file whole or not at all: to another name, flushed, then in place of the old one."""
     raw = io.BytesIO()
-    if name.endswith(".pt"):
-        torch.save(content, raw)  # in memory first: a full disk then is an OSError like any other
+    if path.suffix == ".pt":
+        torch.save(content, raw)  # in memory first: so a full disk is an OSError like any other
+    elif isinstance(content, str):
+        raw.write(content.encode("utf-8", "replace"))
     else:
-        raw.write((content if isinstance(content, str) else json.dumps(content, indent=1) + "\n").encode())
-    part = folder / (name + ".part")
+        raw.write((json.dumps(content, indent=1) + "\n").encode())
+    part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             file.write(raw.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, folder / name)
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
 def signals():
-    """Inside, Ctrl-C and SIGTERM are kept for the end of the step: a list of the signals caught."""
+    """Inside, Ctrl-C and SIGTERM wait for the end of the step: a list of those caught."""
     caught = []
-    before = {number: signal.signal(number, lambda got, frame: caught.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def keep(number, frame):
+        caught.append(number)
+
+    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -499,668 +1362,665 @@ def signals():
             signal.signal(number, handler)
 
 
-def compiled(module):
-    """The module compiled in one piece; models before it are forgotten, since torch keeps only some versions of one code."""
-    torch.compiler.reset()
-    return torch.compile(module, fullgraph=not dist.is_initialized())
-
-
-def settings_of(args):
-    """The flags that decide what a run computes."""
-    return {name: value for name, value in vars(args).items() if name not in UNRELATED}
-
-
-def restore(args, folder, model, optimizer):
-    """Load a run's checkpoint into model and optimizer; returns its step and seconds, metrics.jsonl cut back to that step."""
-    checkpoint = read_checkpoint(folder)
-    with reading(folder, "is no run", "holds a checkpoint that does not fit the run"):
-        for name, value in settings_of(args).items():
-            if checkpoint["flags"][name] != value and name != "steps":
-                raise ValueError(f"it has {flag(name)} {checkpoint['flags'][name]}, not {value}")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
-        if step > args.steps:
-            raise ValueError(f"it is of step {step}, beyond --steps {args.steps}")
-    if checkpoint["versions"] != versions():
-        print(f"the checkpoint is of {checkpoint['versions']}, this is {versions()}: it goes on, but not bit for bit", file=sys.stderr)
-    kept = []
-    for line in (folder / "metrics.jsonl").read_bytes().split(b"\n"):
-        try:
-            values = json.loads(line)
-            if values["step"] <= step and "split" not in values:
-                kept.append(line.decode() + "\n")
-        except (ValueError, KeyError, TypeError):
-            pass  # half a line
-    save(folder, "metrics.jsonl", "".join(kept))
-    return step, seconds
-
-
-def versions():
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
-
-
-def fit(args, task, model, optimizer, data, device, folder, step=0, before=0.0):
-    """Train from a step on, before which so many seconds were spent; write metrics.jsonl and checkpoints.
-
-    Returns the steps done, (seconds, those of this process's first step: with --compile, nearly all compiling), signal or 0.
-    """
-    running = DistributedDataParallel(model) if dist.is_initialized() else model
-    running = compiled(running) if args.compile else running
-    start, first, saved, stop = time.perf_counter(), 0.0, step, False
-
-    def keep(due=True):
-        nonlocal saved
-        if due and step > saved:
-            save(folder, "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "flags": settings_of(args),
-                                           "seconds": before + time.perf_counter() - start, "versions": versions()})
-            saved = step
-
-    with (open(os.devnull if processes()[0] else folder / "metrics.jsonl", "a" if step else "w") as file, signals() as caught,
-          tqdm(total=args.steps, initial=step, desc=title(args), dynamic_ncols=True) as bar):
-        while step < args.steps and not stop:
-            try:
-                logged, routings, stop = train_step(args, task, running, optimizer, data, step, device, caught,
-                                                    lambda: keep(step % args.save_every == 0))  # weights with a finite gradient alone
-            except FloatingPointError as error:
-                good = f"the checkpoint of step {saved} in {folder} is the last good one" if saved else "no checkpoint was saved before"
-                raise FloatingPointError(f"diverged at {error}; {good}") from None
-            step += 1
-            first = first or time.perf_counter() - start
-            bar.update()
-            if step % args.log_every == 0 or step == args.steps:
-                line = {"step": step, **remarked(args), **{name: float(value) for name, value in logged.items()}}
-                file.write(json.dumps(line | {"blocks": statistics(routings)}) + "\n")
-                file.flush()
-                rate = (step - bar.initial) * args.batch_size / (time.perf_counter() - start)
-                shown = {name: f"{line[name]:.3g}" for name in ("loss", "top1", "miou", "bits_per_byte") if name in line}
-                bar.set_postfix(shown | {f"{task.UNIT}/s": f"{rate:.0f}"})
-        keep()
-    return step, (before + time.perf_counter() - start, first), (caught or [signal.SIGTERM])[0] if stop else 0
-
-
-def conclude(args, task, model, data, device, gflops, spent, folder=None):
-    """Evaluate and probe; write the last lines of metrics.jsonl and the summary; print the table. spent: as fit() returns it."""
-    result = {split: evaluate(args, task, model, data, split, device) for split in task.SPLITS}
-    with dropless(model) as differs:
-        if differs:
-            result[task.SPLITS[-1] + "_dropless"] = evaluate(args, task, model, data, task.SPLITS[-1], device)
-    every, active = parameters(model)
-    found, joints = specialisation(args, task, model, data, device)
-    told = task.report(args, model, data, lambda: build_model(args, task, data, device))
-    summary = {"router": title(args), **result, **told, "specialisation": found, "parameters": every, "active_parameters": active,
-               "gflops": gflops, "steps": args.steps}
-    if folder:
-        with open(folder / "metrics.jsonl", "a") as file:
-            for split, values in result.items():
-                file.write(json.dumps({"step": args.steps, "split": split} | remarked(args) | values) + "\n")
-    (seconds, first), later = spent, args.compile and args.steps > 1  # of compiled steps, the first one is told apart
-    rate = args.batch_size * (args.steps - later) / (seconds - first * later)
-    summary |= {"seconds": seconds, f"{task.UNIT}_per_second": rate} | ({"first_step_seconds": first} if later else {})
-    print(table([{"router": title(args), **row([summary], task)}]))
-    if found:
-        shown = lambda *values: dict(zip(("NMI", "by chance", "95 % of chance"), (f"{value:.3f}" for value in values)))
-        print(table([{"block": str(block), "experts know of": name, **shown(*values)} for block, of in found.items() for name, values in of.items()]))
-    task.show(model, data, joints, folder)
-    if folder:
-        draw(folder, joints)
-    return summary
-
-
-def title(args):
-    return args.router + (f" ({args.remark})" if args.remark else "")
-
-
-def remarked(args):
-    """What marks a line of numbers as leaky, or as an oracle's."""
-    return {"remark": args.remark} if args.remark else {}
-
-
-DECIMALS = {"top-1 %": 1, "bits/byte": 3, "dropless": 3, "as generated": 3, "perplexity": 2, "bytes/token": 2, "load max/mean": 2, "slots/token": 2, "GFLOPs": 4,
-            "vocabulary": 0, "parameters": 0, "active": 0, "seconds": 0, "images/s": 0, "sequences/s": 0}  # others: 1
-CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to speak of
-
-
-def row(summaries, task, known=False):
-    """One row of the table, {column: text}, of the runs of one setting: a lone run's numbers, or mean ± deviation over seeds.
-
-    With `known`, also what experts know of the labels: NMI less its null mean, the mean of the blocks.
-    """
-    columns, texts = [], {}
-    for s in summaries:
-        blocks = s[task.SPLITS[-1]]["blocks"].values()
-        columns.append({**task.columns(s), "load max/mean": [b["load"] for b in blocks], "dropped %": [100 * b["dropped"] for b in blocks],
-                        "slots/token": [b["slots_per_token"] for b in blocks],
-                        "parameters": s["parameters"], "active": s["active_parameters"], "GFLOPs": s["gflops"],
-                        f"{task.UNIT}/s": s[f"{task.UNIT}_per_second"], "first step s": s.get("first_step_seconds"), "seconds": s["seconds"]})
-        for label in ("patch kind", "class", "texture", "shape", "position", "token class", "topic") if known else ():
-            values = [of[label][0] - of[label][1] for of in s["specialisation"].values() if label in of]
-            columns[-1] |= {f"NMI {label}": float(np.mean(values)) if values else None}
-    for name in columns[0]:
-        values, show = [c[name] for c in columns], f"{{:,.{DECIMALS.get(name, 3 if name.startswith('NMI') else 1)}f}}".format
-        if None in values or [] in values:
-            texts[name] = "-"
-        elif isinstance(values[0], list):
-            texts[name] = ", ".join(map(show, np.mean(values, 0)))  # a number for each block
-        elif len(values) == 1 and isinstance(values[0], tuple):
-            texts[name] = " ± ".join(map(show, values[0]))  # of a lone run, over its draws
-        else:
-            values = [value[0] if isinstance(value, tuple) else value for value in values]
-            texts[name] = show(np.mean(values)) + (f" ± {show(deviation(values))}" if len(values) > 1 and name not in CONSTANT else "")
-    return texts
-
-
-def deviation(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def finished(folder):
-    """The runs below a folder, a list of (flags, summary, training lines), and a note on each that is not whole."""
-    runs, notes = [], []
-    for path in sorted(path.parent for path in pathlib.Path(folder).glob("*/config.json")):
-        try:
-            flags, summary = read_flags(path), json.loads((path / "summary.json").read_text())
-            row([summary], TASKS[flags["task"]], known=True)  # raises where something is missing
-            runs.append((flags, summary, read_lines(path)))
-        except FileNotFoundError:
-            notes.append(f"Not finished: {path.name}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
-    return runs, notes
-
-
-def score(summary, task):
-    """By which rows are ranked, more is better: the first of the task's columns, or the loss where text has no bytes."""
-    value = next(iter(task.columns(summary).values()))
-    return -summary[task.SPLITS[-1]]["loss"] if value is None else value if task.MORE_IS_BETTER else -value
-
-
-def results(folder):
-    """All finished runs below a folder in one table: printed, and written to results.md and results.jsonl there."""
-    runs, notes = finished(folder)
-    tasks = {flags["task"] for flags, *_ in runs}
-    if len(tasks) != 1:
-        why = f"holds runs of several tasks: {', '.join(sorted(tasks))}" if tasks else "no finished run (a folder with a summary.json) lies there"
-        raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
-    task, groups, rows = TASKS[tasks.pop()], {}, []
-    for one in runs:
-        setting = json.dumps({name: value for name, value in one[0].items() if name not in UNRELATED | {"seed"}})
-        groups.setdefault(setting, {})[one[0]["seed"]] = one
-    settings = [json.loads(key) for key in groups]
-    for setting in settings:
-        setting |= {name: None for name in setting if flag(name) in ignored({flag(n): value for n, value in setting.items()})}
-    names = [name for name in settings[0] if name not in ("router", "remark")]
-    usual = [vars(make_parser(s["task"], s["size"], s["router"]).parse_args([])) for s in settings]  # not worth a column
-    differing = [name for name in names if len({json.dumps(s[name]) for s in settings if s.get(name) is not None}) > 1
-                 and any(s[name] not in (None, of[name]) for s, of in zip(settings, usual))]
-    for setting, group in zip(settings, groups.values()):
-        _, summaries, lines = zip(*group.values())
-        named = {name: "-" if setting.get(name) is None else str(setting[name]) for name in differing}
-        named = {"router": title(argparse.Namespace(**setting)), **named}
-        losses = [{line["step"]: line["loss"] for line in of} for of in lines]
-        curve = [(step, np.mean([of[step] for of in losses])) for step in losses[0] if all(step in of for of in losses)]  # mean over seeds
-        texts = named | {"seeds": str(len(group)), "routing": routes(setting)} | row(summaries, task, known=True)
-        rows.append(([score(summary, task) for summary in summaries], texts, curve, " ".join(part for part in named.values() if part != "-")))
-    rows.sort(key=lambda r: -np.mean(r[0]))
-    best = next((scores for scores, texts, *_ in rows if "(leaky)" not in texts["router"]), rows[0][0])
-    digits = DECIMALS.get(next(iter(task.columns(runs[0][1]))), 1)
-    for scores, texts, *_ in rows:
-        gap, spread = np.mean(scores) - np.mean(best), math.hypot(deviation(scores), deviation(best))
-        told = "one seed" if min(len(scores), len(best)) == 1 else "tie" if abs(gap) <= spread else f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
-        texts["to the best"] = "best" if scores is best else told  # inside the spread is a tie
-    same = (f"{flag(name)} {of.pop()}" for name in ("task", "size", "steps", "batch_size", "lr") if len(of := {s[name] for s in settings}) == 1)
-    shown = "\n".join([table([texts for _, texts, *_ in rows]), "", f"In every row: {' '.join(same)}", *notes])
-    (pathlib.Path(folder) / "results.md").write_text(shown + "\n")
-    (pathlib.Path(folder) / "results.jsonl").write_text("".join(json.dumps({"flags": flags, "summary": summary}) + "\n" for flags, summary, _ in runs))
-    print(shown)
-    trained = {name: curve for *_, curve, name in rows}
-    parts = curves(60, 40, "training loss, mean over seeds", trained, 700, 420) + legend(790, 50, trained)
-    (pathlib.Path(folder) / "curves.svg").write_text(svg(840 + 7 * max(map(len, trained)), max(500, 60 + 18 * len(trained)), parts))
-
-
-def routes(setting):
-    """Whether the routing of these flags can be trusted with text: "causal" or "leaky", "-" without a router."""
-    if setting["router"] not in ROUTERS:
-        return "-"
-    causal = setting["remark"] != "leaky" and make_router(argparse.Namespace(**setting)).causal
-    return "causal" if causal else "leaky"
-
-
-def table(rows):
-    """Rows of {column: text} as Markdown, columns aligned; without those in which nothing stands."""
-    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-    lines = [names, ["-" * width[name] for name in names]] + [[row[name] for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(text.ljust(width[name]) for text, name in zip(line, names)) + " |" for line in lines)
-
-
-# ---------------------------------------------------------------- what experts specialise in
-def nmi(joint):
-    """Normalised mutual information I / sqrt(H H) of a joint mass [labels, E]; 0 where an entropy is 0."""
-    p = joint.double() / joint.sum()
-    entropy = lambda q: -torch.special.xlogy(q, q).sum()
-    labels, experts = entropy(p.sum(1)), entropy(p.sum(0))
-    return float((labels + experts - entropy(p)) / (labels * experts).sqrt()) if labels > 1e-12 and experts > 1e-12 else 0.0
-
-
-def nmi_and_null(mass, label, unit, draws=100):
-    """[NMI, null mean, null 95 %] of expert with label, for combine mass [N, E], label [N] and unit [N] of N tokens.
-
-    The null deals the labels of the units out anew. Within a unit the label is constant (a document for its topic, a token for
-    its class), or else the routing is (a sequence that is routed as a whole).
-    """
-    units, index = unit.unique(return_inverse=True)
-    routed = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
-    of, L, g = label.new_zeros(len(units)).scatter(0, index, label), int(label.max()) + 1, seeded("null")
-    if (of[index] == label).all():
-        joint = lambda order: routed.new_zeros(L, routed.shape[1]).index_add(0, of[order], routed)
-    else:  # each unit's share of every label
-        held = (index * L + label).bincount(minlength=len(units) * L).view(-1, L).to(routed)  # [units, labels]
-        joint = lambda order: (held[order] / held[order].sum(1, keepdim=True)).T @ routed
-    null = [nmi(joint(torch.randperm(len(units), generator=g))) for _ in range(draws)]
-    return [nmi(joint(torch.arange(len(units)))), float(np.mean(null)), float(np.quantile(null, 0.95))]
-
-
-@torch.no_grad()
-def specialisation(args, task, model, data, device):
-    """Of each MoE block: {block: {name: [NMI, null mean, null 95 %]}} and {block: {name: (joint mass [labels, E], labels)}}."""
-    model.eval()
-    gathered, start, found, joints = {}, 0, {}, {}
-    for batch in data.split(task.EXAMINED):
-        with precision(args, device):
-            _, _, routings = task.loss(model, batch)
-        for name, (label, unit, names) in task.labels(batch, data, start).items():
-            for block, routing in routings.items():
-                mass = routing.mass().float().cpu()
-                mass = mass.reshape(len(label), -1, mass.shape[-1])  # [B, T, E], or [B, 1, E] of sequences
-                if unit is not None and mass.shape[1] < len(unit[0].unique()):
-                    unit = (start + torch.arange(len(label)))[:, None].expand_as(label)  # what is routed as a whole is dealt as a whole
-                mass, known = mass.expand(*label.shape, -1), label.flatten() >= 0
-                parts = mass.flatten(0, 1)[known], label.flatten()[known], None if unit is None else unit.flatten()[known]
-                gathered.setdefault((block, name, tuple(names)), []).append(parts)
-        start += len(batch[next(iter(batch))])
-    for (block, name, names), parts in gathered.items():
-        mass, label, unit = (torch.cat(column) if column[0] is not None else None for column in zip(*parts))
-        joints.setdefault(block, {})[name] = mass.new_zeros(len(names), mass.shape[1]).index_add(0, label, mass), names
-        if unit is not None and len(label):
-            found.setdefault(block, {})[name] = nmi_and_null(mass, label, unit)
-    return found, joints
-
-
-# ---------------------------------------------------------------- pictures
-def svg(width, height, parts):
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
-            f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
-
-
-def text(x, y, words, anchor="start", more=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(str(words))}</text>'
-
-
-def heat_map(x, y, heading, joint, names, cell=18):
-    """Parts of a picture: for each label [labels, E], how its mass is shared among the experts, white 0 to dark blue, the most."""
-    share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
-    most = max(1e-9, float(share.max()))
-    parts = [text(x, y - 24, heading, more='font-weight="bold"'), text(x, y + cell * len(names) + 14, f"the darkest: {most:.2f}")]
-    parts += [text(x + cell * (e + 0.5), y - 7, e, "middle") for e in range(share.shape[1])]
-    for r, name in enumerate(names):
-        parts.append(text(x - 6, y + cell * (r + 0.7), name, "end"))
-        for e, part in enumerate(share[r].tolist()):
-            red, green, blue = (round(255 - part / most * (255 - full)) for full in (8, 48, 107))
-            parts.append(f'<rect x="{x + cell * e}" y="{y + cell * r}" width="{cell}" height="{cell}" fill="rgb({red},{green},{blue})" stroke="#ddd">'
-                         f"<title>{html.escape(str(name))}, expert {e}: {part:.3f}</title></rect>")
-    return parts
-
-
-def curves(x, y, heading, lines, width=330, height=180):
-    """Parts of a picture: lines {name: [(x, y), ...]} in one frame, the axes' ends labelled."""
-    finite = [point for line in lines.values() for point in line if math.isfinite(point[1])]
-    (left, right), (low, high) = ((min(of), max(of)) for of in (zip(*finite) if finite else [(0, 1), (0, 1)]))
-    place = lambda a, b: (x + width * (a - left) / ((right - left) or 1), y + height - height * (b - low) / ((high - low) or 1))
-    parts = [text(x, y - 8, heading, more='font-weight="bold"'), f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
-             text(x - 4, y + 10, f"{high:.3g}", "end"), text(x - 4, y + height, f"{low:.3g}", "end"),
-             text(x, y + height + 15, f"step {left}"), text(x + width, y + height + 15, right, "end")]
-    for i, (name, line) in enumerate(lines.items()):
-        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line if math.isfinite(point[1]))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{hue(i, len(lines))}" stroke-width="1.5"><title>{html.escape(name)}</title></polyline>')
-    return parts
-
-
-def hue(i, count):
-    """A colour for line i of so many; a lone line is grey."""
-    if count == 1:
-        return "#444444"
-    return "#" + bytes(round(255 * part) for part in colorsys.hls_to_rgb(i / max(1, count), 0.4 + 0.15 * (i % 2), 0.75)).hex()
-
-
-def legend(x, y, names):
-    return [part for i, name in enumerate(names) for part in (f'<rect x="{x}" y="{y + 18 * i - 10}" width="12" height="12" fill="{hue(i, len(names))}"/>',
-                                                              text(x + 18, y + 18 * i, name))]
-
-
-def read_lines(folder):
-    """The training lines of metrics.jsonl."""
-    return [line for line in map(json.loads, open(folder / "metrics.jsonl")) if "split" not in line]
-
-
-SIGNS = {"load": "load max/mean", "dead": "experts without a token", "dropped": "share of tokens dropped", "entropy": "entropy of the gates",
-         "router_gradient": "norm of the router's gradient"}
-
-
-def draw(folder, joints):
-    """experts.svg: where each label's tokens go, per block. health.svg: the run's loss and the signs of its routers' health."""
-    parts, bottom, across = [text(10, 20, "Share of each label's tokens that goes to each expert: white none, dark blue the most")], 70, 0
-    for name, (first, names) in next(iter(joints.values()), {}).items():
-        if len(names) <= 24:  # more rows are no picture
-            across = max(330, 150 + 18 * first.shape[1])
-            for column, (block, of) in enumerate(joints.items()):
-                parts += heat_map(150 + across * column, bottom, f"block {block}: {name} x expert", *of[name])
-            bottom += 18 * len(names) + 60
-    if across:
-        (folder / "experts.svg").write_text(svg(max(560, across * len(joints) + 140), bottom, parts))
-    lines = read_lines(folder)
-    along = lambda value: [(line["step"], value(line)) for line in lines]
-    frames = {"loss": {"loss": along(lambda line: line["loss"])}, "gradient norm": {"norm": along(lambda line: line["grad_norm"])}}
-    blocks = lines[-1]["blocks"] if lines else {}
-    for sign, heading in SIGNS.items():
-        of = {f"block {b}": along(lambda line: line["blocks"][b][sign]) for b in blocks if sign in blocks[b]}
-        frames |= {heading: of} if of else {}
-    parts = [part for i, of in enumerate(frames.items()) for part in curves(60 + 410 * (i % 3), 40 + 230 * (i // 3), *of)]
-    parts += legend(1260, 50, [f"block {b}" for b in blocks])
-    (folder / "health.svg").write_text(svg(1360, 230 * math.ceil(len(frames) / 3) + 30, parts))
-
-
-# ---------------------------------------------------------------- runs
-def run_folder(args):
-    """A fresh runs/TASK-ROUTER-N, or --out, made if it is not there. Raises ValueError for one that is in use."""
-    fresh = (f for n in range(10**6) if not (f := pathlib.Path("runs", f"{args.task}-{args.router}-{n}")).exists())
-    folder = pathlib.Path(args.out) if args.out is not None else next(fresh)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
-        raise ValueError(f"--out {folder} is not empty; choose another or say --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in ("summary.json", "checkpoint.pt", "tokenizer.json", "sample.html", "patches.svg", "experts.svg", "health.svg"):  # of an earlier run
-        (folder / old).unlink(missing_ok=True)
-    return folder
-
-
 @contextmanager
 def reading(folder, missing, broken):
-    """Inside, a file that is missing, and whatever else goes wrong (files and flags that do not fit fail in many ways), is a ValueError."""
+    """Inside, a missing file, and whatever else goes wrong with a damaged one, is a ValueError."""
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} {missing}: {pathlib.Path(error.filename).name} is missing") from None
+        name = pathlib.Path(error.filename).name
+        raise ValueError(f"{folder} {missing}: {name} is missing") from None
     except Exception as error:
         why, *_ = (str(error) or type(error).__name__).splitlines()[0].split(". ")
         raise ValueError(f"{folder} {broken}: {why}") from None
 
 
-def read_flags(folder):
-    """The flags of a run, {name: value}. Raises ValueError for a folder that is none."""
-    with reading(folder, "is no run", "is no run: config.json does not hold its flags"):
-        flags = json.loads(pathlib.Path(folder, "config.json").read_text())["flags"]
-        return vars(make_parser(flags["task"], flags["size"], flags["router"]).parse_args([])) | flags  # flags newer than the run: defaults
+def read_json(path):
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no plain file")
+    return json.loads(path.read_text("utf-8"))
+
+
+def read_said(folder):
+    """What was said of a run, checked as on the command line. ValueError for another folder."""
+    with reading(folder, "is no run", "is no run: config.json does not hold its settings"):
+        said = read_json(pathlib.Path(folder) / "config.json")["said"]
+        words = []
+        for name, value in said.items():
+            if value is False:
+                words.append("--no-" + flag(name)[2:])
+            else:
+                words += [flag(name)] if value is True else [f"{flag(name)}={spell(value)}"]
+        action, parsed = parse(words)
+        if action is not None:
+            raise ValueError("it holds more than settings")
+        parsed = {name: values[0] for name, values in parsed.items()}
+        if parsed != said:
+            raise ValueError("it holds values of a wrong type")
+        return parsed
 
 
 def read_checkpoint(folder):
-    """A run's checkpoint, read without running any code in it. Raises ValueError for one that is missing, broken or unsafe."""
+    """A checkpoint, read without running code in it. ValueError if missing, broken or unsafe."""
     path = pathlib.Path(folder) / "checkpoint.pt"
-    with reading(folder, "was never saved", "holds a checkpoint.pt that cannot be read as a checkpoint"):
+    with reading(
+        folder, "was never saved", "holds a checkpoint.pt that cannot be read as a checkpoint"
+    ):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_run(folder, device):
-    """args, task, data, model, device, GFLOPs and time spent of a finished run. Raises ValueError for a folder that is none."""
-    folder = pathlib.Path(folder)
-    saved, checkpoint = argparse.Namespace(**read_flags(folder) | {"device": device, "run": folder}), read_checkpoint(folder)
-    with reading(folder, "is no finished run", "cannot be read as a run"):
-        summary = json.loads((folder / "summary.json").read_text())
-        spent = summary["seconds"], summary.get("first_step_seconds", 0.0)
-        device, task, data, model, gflops = build(saved)
-        model.load_state_dict(checkpoint["model"])
-    return saved, task, data, model, device, gflops, spent
+def load_optimizer(optimizer, state):
+    """load_state_dict, which itself would take numbers of any shape. ValueError for wrong ones."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name, value in optimizer.state[parameter].items():
+                shape = () if name == "step" else parameter.shape
+                if not torch.is_tensor(value) or value.shape != shape:
+                    raise ValueError(f"the optimiser's {name} has a wrong shape")
 
 
-def sample(args):
-    """Text from a finished run. Raises ValueError for a folder that is none, or that cannot write."""
-    folder = pathlib.Path(args.sample)
-    saved, checkpoint = argparse.Namespace(**read_flags(folder)), read_checkpoint(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"--sample {folder}: a run of --task {saved.task} without a tokenizer writes no text")
-    tokenizer, task, device = moe_tokens.Tokenizer.read(folder / "tokenizer.json"), TASKS[saved.task], pick_device(args.device)
-    with reading(folder, "is no run", "cannot be read as a run"):
-        model = task.build_model(saved, SimpleNamespace(vocab_size=len(tokenizer.pieces), topics=["any"]), make_feed(saved))
-        model.load_state_dict(checkpoint["model"])
-    with dropless(model.to(device).eval()) as differs:
-        notes = ["sampled dropless, trained with a capacity"] * differs + [saved.remark] * bool(saved.remark)
-        return task.sample(args, model, tokenizer, saved) + (f"\n({'; '.join(notes)})" if notes else "")
-
-
-def keep_memory():
-    """Let glibc keep what tensors free: to give it back and fetch it again, page by page, takes up to a fifth of a step on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        for threshold, size in (-3, 2**26), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
-            ctypes.CDLL(None).mallopt(threshold, size)
-
-
-def main(argv=None):
-    """Run the command line; returns the exit status. Ctrl-C outside the training loop has nothing to save."""
-    keep_memory()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        if processes()[0]:
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
-        return command(argv)
-    except KeyboardInterrupt:
-        print("interrupted; what was written before stays", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def command(argv):
-    settings = split_flags(argv)
-    several = any(len(values) > 1 for values in settings.values()) or "all" in settings.get("--router", ())
-    try:
-        if several and not settings.keys() & {"--bench", "--eval", "--sample", "--table", "--resume"}:
-            return grid(settings)
-        args = parse(argv)
-        if args.bench:
-            bench(args, settings)
-        elif args.eval:
-            args, task, data, model, device, gflops, spent = load_run(args.eval, args.device)
-            conclude(args, task, model, data, device, gflops, spent)
-        elif args.sample:
-            print(sample(args))
-        elif args.table:
-            results(args.table)
-        elif args.resume:
-            return run(args, pathlib.Path(args.resume))
-        else:
-            check(args)
-            return run(args)
-    except (ValueError, OSError) as error:
-        Parser().error(str(error))
-    return 0
-
-
-def run(args, folder=None):
-    """One run, into a folder of its own or on from the checkpoint in `folder`; returns the exit status."""
-    resumed = folder is not None and (args.resume is not None or (folder / "checkpoint.pt").exists())
-    args.run = folder if resumed else None
-    device, task, data, model, gflops = build(args)
-    optimizer = make_optimizer(args, model, device)
-    at = restore(args, folder, model, optimizer) if resumed else (0, 0.0)  # step and seconds
-    folder = folder or (pathlib.Path(os.devnull) if processes()[0] else run_folder(args))
-    if at[0] < args.steps and processes()[0] == 0:
-        (folder / "summary.json").unlink(missing_ok=True)  # of fewer steps: not finished any more
-    flags = {name: value for name, value in vars(args).items() if name not in UNRELATED - {"log_every", "save_every"}}
-    for name, content in task.files(data).items():
-        save(folder, name, content)
-    save(folder, "config.json", {"flags": flags, "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1]} | versions())
-    print(f"{args.task}, router {title(args)}, {data.about}; {device.type}, torch {torch.__version__}, seed {args.seed} -> {folder}")
-    try:
-        done, spent, caught = fit(args, task, model, optimizer, data, device, folder, *at)
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    if caught:
-        print(f"interrupted after {done} of {args.steps} steps; --resume {folder} goes on from there")
-        return 128 + caught
-    if processes()[0] == 0:
-        save(folder, "summary.json", conclude(args, task, model, data, device, gflops, spent, folder))
-    return 0
-
-
-# ---------------------------------------------------------------- what routing costs
-def bench(args, given):
-    """Forward and backward of one MoE layer for every router (or --router), against what it could cost at least.
-
-    In the same rounds: a dense FFN of the experts' FLOPs, the batched experts alone on as many slots, the tensor
-    (einsum) form, and a plain matrix product. Times are medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
-    """
-    if args.router not in (*ROUTERS, "all"):
-        raise ValueError(f"--bench times routers: {', '.join(ROUTERS)}; got {args.router!r}")
-    if args.tokens % args.group_size:
-        raise ValueError(f"--group-size must divide --tokens {args.tokens}, got {args.group_size}")
-    device, rows, result = pick_device(args.device), [], []
-    side, peak = 8192 if device.type == "cuda" else 1024, 0.0  # FLOP/s of a plain square product, the best of all rounds
-    square = torch.randn(side, side, device=device)
-    for name in [args.router] if "--router" in given and args.router != "all" else ROUTERS:
-        options = {option: value for option, value in router_options(args, name).items() if flag(option) in given}
-        moe = MoE(build_router(name, args.dim, args.experts, **options), args.hidden).to(device)
-        ffn = nn.Sequential(nn.Linear(args.dim, args.hidden), nn.GELU(), nn.Linear(args.hidden, args.dim)).to(device)
-        x = torch.randn(args.tokens // args.group_size, args.group_size, args.dim, device=device)
-        with torch.no_grad():
-            routing = moe(x)[1]  # also makes Soft MoE's slots
-            G, E, C, D = routing.dispatch(x).shape
-        filled = int((routing.index < routing.tokens).sum()) if getattr(routing, "ragged", False) else G * E * C
-        layer, form = compiled(moe) if args.compile else moe, lambda r: Routing(*r.tensors(), r.load)
-        calls = {"layer": (lambda z: layer(z)[0], x), "dense": (ffn, x.new_empty(filled, D).normal_()),
-                 "bare experts": (moe.experts, x.new_empty(E, G, C, D).normal_().transpose(0, 1)),  # in memory as dispatch lays them
-                 "tensor form": (lambda z: form(moe.router(z)).run(z, moe.experts), x), "matmul": (lambda z: z @ z, square)}
-        if name == "soft" or G * E * C * args.group_size >= 2**27:
-            del calls["tensor form"]  # it is the only form, or would take gigabytes
-        first, times = timed(args, device, *calls["layer"])[0], {what: [] for what in calls}
-        for _ in range(args.repeats + 2):
-            for what, call in calls.items():
-                moe.zero_grad(), ffn.zero_grad()  # each writes its gradients afresh, as after a step
-                times[what].append(timed(args, device, *call))
-        seconds = {what: np.array([taken for taken, _ in of[2:]]) for what, of in times.items()}
-        ms = {what: 1e3 * float(np.median(of)) for what, of in seconds.items()}
-        kept = {what: times[what][-1][1] / 2**20 for what in ("layer", "dense")}
-        peak = max(peak, 3 * 2 * side**3 / seconds["matmul"].min())
-        ratios = {"/ " + what: f"{np.median(seconds['layer'] / seconds[what]):.2f}" if what in ms else "-"
-                  for what in ("dense", "bare experts", "tensor form")}
-        rows.append({"router": name, "ms": f"{ms['layer']:.1f}", **ratios, "tokens/s": f"{1e3 * args.tokens / ms['layer']:,.0f}",
-                     "% of matmul peak": "", "MiB kept": f"{kept['layer']:.0f}", "dense MiB": f"{kept['dense']:.0f}"})
-        rows[-1] |= {"first step s": f"{first:.1f}"} if args.compile else {}
-        rate = 3 * 4 * filled * D * args.hidden / (ms["layer"] / 1e3)
-        result.append({"router": name, "options": options, "ms": ms, "first_step_s": first, "MiB": kept, "flops_per_second": rate})
-    for row, of in zip(rows, result):  # the peak is known at the end alone
-        row["% of matmul peak"], of["peak_flops"] = f"{100 * of['flops_per_second'] / peak:.0f}", peak
-    print(f"{args.tokens} tokens in groups of {args.group_size}, width {args.dim}, hidden {args.hidden}, {args.experts} experts; {device.type}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, matmul peak {peak / 1e9:.0f} GFLOP/s, median of {args.repeats}")
-    print(table(rows))
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-
-
-def timed(args, device, call, x):
-    """Seconds of one forward and backward, and the bytes of distinct tensors kept between them, weights and input apart."""
-    x, seen, synchronize = x.detach().requires_grad_(), {}, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def pack(tensor):
-        base = tensor if tensor._base is None else tensor._base
-        if not base.is_leaf or not base.requires_grad:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    synchronize()
-    start = time.perf_counter()
-    with precision(args, device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call(x)
-    y.sum().backward()
-    synchronize()
-    seen.pop(x.untyped_storage().data_ptr(), None)
-    return time.perf_counter() - start, sum(seen.values())
-
-
-# ---------------------------------------------------------------- grids: the same run, many times
-def split_flags(argv):
-    """{flag: [values]} of a command line; a flag with several values spans an axis of a grid."""
-    settings, values = {}, []
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            values = settings[name] = [value] if equals else []
-        else:
-            values.append(word)
-    return settings
-
-
-def ignored(setting):
-    """The flags of {flag: value} that mean nothing for its router."""
-    router, task = setting.get("--router", "expert_choice"), TASKS.get(setting.get("--task", "vision"), moe_vision)
-    having = set(ROUTERS[router].defaults) if router in ROUTERS else {"top_k"}
-    none = {no + flag(name)[2:] for name in OPTIONS if name not in having for no in ("--", "--no-")} | task.ignored({"--router": router} | setting)
-    if router == "dense":
-        width = {"--top-k"} if setting.get("--dense-match") == "total" else {"--experts"}
-        return none | {"--balance", "--balance-weight", "--z-loss", "--expert-init"} | width
-    offers = ROUTERS[router].offers if router in ROUTERS else ()
-    balance = setting.get("--balance") or task.ROUTER_DEFAULTS.get(router, {}).get("balance", "none")
-    balances = "balance" in offers and (balance != "bias" or "bias_rate" in having)
-    none |= {"--dense-match"} | (set() if BALANCE.get(balance, True) else {"--balance-weight"}) | (set() if "z" in offers else {"--z-loss"})
-    return none if balances else none | {"--balance", "--balance-weight"}
-
-
-def grid(settings):
-    """Every combination of the values given, a run folder each under --out; finished ones are kept. Ends with the table."""
-    every = "all" in settings.get("--router", ())
-    if every:
-        settings |= {"--router": ["dense", *ROUTERS], "--dense-match": settings.get("--dense-match", ["active", "total"])}
-    cells, axes = {}, [name for name, values in settings.items() if len(values) > 1]
-    for values in itertools.product(*(v or [None] for v in settings.values())):
-        setting = dict(zip(settings, values))
-        setting = {name: value for name, value in setting.items() if name not in ignored(setting)}
-        args = parse([word for pair in setting.items() for word in pair if word is not None])
+def read_lines(folder):
+    """The training lines of metrics.jsonl; one that is damaged is left out."""
+    lines = []
+    for text in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
         try:
-            check(args)
-        except ValueError as error:
-            if not every:
-                raise ValueError(f"{' '.join(f'{name} {setting[name]}' for name in axes if name in setting)}: {error}") from None
-            print(f"left out: {args.router}: {error}")
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
-        config = json.dumps(settings_of(args), sort_keys=True)
-        several = [f"{name[2:]}_{setting[name]}".replace("/", "_") for name in axes if name in setting and name not in ("--router", "--seed")]
-        cells[hashlib.sha256(config.encode()).hexdigest()[:8]] = "-".join([args.router, *several, f"seed_{args.seed}"]), args
-    out, status = pathlib.Path(settings.get("--out", ["runs"])[0]), 0
+        if isinstance(line, dict) and "split" not in line and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def load_run(folder, device="auto"):
+    """settings, data, model and summary of a finished run. ValueError for a folder that is none."""
+    folder = pathlib.Path(folder)
+    settings = settle(read_said(folder) | {"device": device})
+    checkpoint = read_checkpoint(folder)
+    with reading(folder, "is no finished run", "cannot be read as a run"):
+        summary = read_json(folder / "summary.json")
+        device = pick_device(settings)
+        data = TASKS[settings.task].load(settings, device, folder)
+        model = build(settings, data, device)
+        model.load_state_dict(checkpoint["model"])
+    return settings, data, model, summary
+
+
+def evaluate_again(folder, device):
+    """--eval: what the run printed, from its weights."""
+    settings, data, model, before = load_run(folder, device)
+    summary, joints = conclude(settings, data, model, data.device)
+    tell(settings, data, model, before | summary, joints)
+
+
+def sample(folder, asked):
+    """--sample: text from a finished run. ValueError for a folder that is none, or cannot write."""
+    folder = pathlib.Path(folder)
+    settings = settle(read_said(folder) | {"device": asked.device})
+    checkpoint = read_checkpoint(folder)
+    if not (folder / "tokenizer.json").is_file():
+        kind = f"a run of --task {settings.task} without a tokenizer"
+        raise ValueError(f"--sample {folder}: {kind} writes no text")
+    if settings.hash_key == "topic":
+        raise ValueError("this run routes by topic, and a prompt has none")
+    tokenizer = moe_tokens.Tokenizer.read(folder / "tokenizer.json")
+    device = pick_device(settings)
+    with reading(folder, "is no run", "cannot be read as a run"):
+        known = SimpleNamespace(tokens=settings.context)
+        known.build = lambda settings, feed: moe_tokens.build_gpt(
+            settings, len(tokenizer.pieces), ["any"], feed
+        )
+        model = build(settings, known, device)
+        model.load_state_dict(checkpoint["model"])
+    with dropless(model) as differs:
+        text = moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty())
+    notes = ["sampled dropless, trained with a capacity"] if differs else []
+    notes += [settings.remark] if settings.remark else []
+    say(text + (f"\n({'; '.join(notes)})" if notes else ""))
+
+
+# ================================================================ Later: many processes
+@contextmanager
+def process_group():
+    """Inside, this is one of the processes that torchrun started, if it did."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        yield
+        return
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdigit():
+            value = os.environ.get(name)
+            raise ValueError(f"torchrun sets {name} to a whole number, got {name}={value}")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    alone = routers.draw_noise, routers.mean_over_processes
+    routers.draw_noise, routers.mean_over_processes = whole_noise, mean_over_processes
+    try:
+        yield
+    finally:
+        routers.draw_noise, routers.mean_over_processes = alone
+        dist.destroy_process_group()
+
+
+def processes():
+    """This process's number and how many there are: (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wrap(settings, model):
+    """The model as it is trained: synchronised between processes, compiled."""
+    if dist.is_initialized():
+        model = DistributedDataParallel(model)
+    if settings.compile:
+        torch.compiler.reset()  # torch keeps only some versions of one code: forget earlier models
+        model = torch.compile(model, fullgraph=not dist.is_initialized())
+    return model
+
+
+def parts_of_batch(settings):
+    """The rows of each part of a batch that this process computes."""
+    rank, size = processes()
+    whole = settings.batch_size // settings.grad_accum
+    rows = whole // size
+    starts = [i * whole + rank * rows for i in range(settings.grad_accum)]
+    return [slice(start, start + rows) for start in starts]
+
+
+def unsynchronised(model, wait):
+    """Inside, gradients are not yet summed over processes, if they are to wait."""
+    return model.no_sync() if wait and hasattr(model, "no_sync") else nullcontext()
+
+
+def total(values, device, share=1):
+    """{name: number} summed over all processes, divided by `share`."""
+    if not dist.is_initialized() or not values:
+        return values
+    numbers = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()]
+    vector = torch.stack(numbers)
+    dist.all_reduce(vector)
+    return dict(zip(values, vector / share))
+
+
+def mean_over_processes(value):
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / processes()[1]
+
+
+def whole_noise(logits):
+    """Of the noise of the whole batch, drawn alike everywhere, this process's part."""
+    rank, size = processes()
+    G = len(logits)
+    whole = logits.new_empty(size * G, *logits.shape[1:])
+    return torch.randn_like(whole)[rank * G : (rank + 1) * G]
+
+
+# ================================================================ Later: grids
+def grid(said):
+    """Every combination of the values said, {setting: [values]}: a run folder each below --out.
+
+    Finished runs are kept, unfinished ones go on, equal ones are one. Ends with the table.
+    """
+    for name in ("out", "device", "log_every", "save_every", "task"):
+        if len(said.get(name, ())) > 1:
+            raise ValueError(f"{flag(name)} takes one value, got {len(said[name])}")
+    every = "all" in said.get("router", ())
+    if every:
+        said = said | {"router": ["dense", *ROUTERS]}
+        said.setdefault("dense_match", ["active", "total"])
+    task = said.get("task", [SETTINGS["task"][1]])[0]
+    out = pathlib.Path(said.get("out", [f"runs/grid-{task}"])[0])
+    runs = grid_runs(said, every)
     out.mkdir(parents=True, exist_ok=True)
-    for code, (name, args) in tqdm(cells.items(), desc="grid", dynamic_ncols=True):
+    status = 0
+    for code, (name, cell) in tqdm(runs.items(), desc="grid", dynamic_ncols=True):
         folder = next(out.glob(f"*-{code}"), out / f"{name}-{code}")
         if (folder / "summary.json").exists():
             continue
-        folder.mkdir(exist_ok=True)
         try:
-            status = max(status, run(args, folder))
-        except (ValueError, OSError, RuntimeError) as error:
-            print(f"{folder} failed: {error}", file=sys.stderr)
-            status = 1
+            ended = run(cell, folder, resume=(folder / "checkpoint.pt").exists())
+        except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+            print(f"{folder} failed: {one_line(error)}", file=sys.stderr)
+            ended = 1
         gc.collect()  # a model and its data hold each other
-        if status > 128:
-            return status
+        if ended > 128:
+            return ended
+        status = max(status, ended)
     if processes()[0] == 0:
         results(out)
     if dist.is_initialized():
         dist.barrier()  # process 0 has evaluations and the table to finish
     return status
+
+
+def grid_runs(said, every):
+    """{code: (name, said of one run)}. ValueError for a setting or combination that no run takes.
+
+    every: with --router all, routers that cannot take the settings are left out.
+    """
+    axes = [name for name, values in said.items() if len(values) > 1]
+    runs, used, reasons, failed = {}, set(), {}, []
+    for values in itertools.product(*said.values()):
+        cell = dict(zip(said, values))
+        router = cell.get("router", SETTINGS["router"][1])
+        without = unused(cell)
+        reasons |= without
+        cell = {name: value for name, value in cell.items() if name not in without}
+        try:
+            settings = settle(cell)
+        except ValueError as error:
+            failed.append(f"{router}: {error}")
+            if every:
+                say(f"left out: {failed[-1]}")
+                continue
+            at = " ".join(f"{flag(name)} {spell(cell[name])}" for name in axes if name in cell)
+            raise ValueError(f"{at}: {error}") from None
+        used |= set(cell)
+        config = json.dumps(of_result(settings), sort_keys=True)
+        code = hashlib.sha256(config.encode()).hexdigest()[:8]
+        parts = [settings.router]
+        for name in axes:
+            if name in cell and name not in ("router", "seed"):
+                parts.append(f"{flag(name)[2:]}_{spell(cell[name])}".replace("/", "_"))
+        runs[code] = "-".join([*parts, f"seed_{settings.seed}"]), cell
+    if not runs:
+        raise ValueError(f"no router takes these settings; {failed[0]}")
+    for name, why in reasons.items():
+        if name not in used:
+            raise ValueError(why)
+    return runs
+
+
+# ================================================================ Later: what routing costs
+def bench(said):
+    """Forward and backward of one MoE layer, of every router or --router, in a table.
+
+    In the same rounds, against what it could cost at least: a dense FFN of the experts' FLOPs, the
+    experts alone on as many slots, the tensor (einsum) form, and a plain matrix product. Times are
+    medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
+    """
+    sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
+    sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
+    options = {name: value for name, value in said.items() if name in OPTIONS}
+    for name in said:
+        if name not in sizes and name not in options:
+            raise ValueError(f"{flag(name)} means nothing beside --bench")
+    b = SimpleNamespace(**(sizes | said))
+    if b.router not in (*ROUTERS, "all"):
+        raise ValueError(f"--bench times routers: {', '.join(ROUTERS)}; got {b.router!r}")
+    if b.tokens % b.group_size:
+        raise ValueError(f"--group-size must divide --tokens {b.tokens}, got {b.group_size}")
+    if b.out:
+        save(pathlib.Path(b.out), "")  # fails now rather than after all the timing
+    b.device = pick_device(b)
+    timed_rows = []
+    for name in ROUTERS if b.router == "all" else [b.router]:
+        timed_rows.append(bench_router(b, name, options))
+    peak = max(of["peak_flops"] for of in timed_rows)
+    rows = []
+    for of in timed_rows:
+        ms = of["ms"]
+        rows.append({"router": of["router"], "ms": f"{ms['layer']:.1f}"})
+        for what in ("dense", "bare experts", "tensor form"):
+            rows[-1]["/ " + what] = f"{of['ratio'][what]:.2f}" if what in ms else "-"
+        rows[-1]["tokens/s"] = f"{1e3 * b.tokens / ms['layer']:,.0f}"
+        rows[-1]["% of matmul peak"] = f"{100 * of['flops_per_second'] / peak:.0f}"
+        rows[-1]["MiB kept"] = f"{of['MiB']['layer']:.0f}"
+        rows[-1]["dense MiB"] = f"{of['MiB']['dense']:.0f}"
+        rows[-1]["first step s"] = f"{of['first_step_s']:.1f}" if b.compile else "-"
+    if b.out:
+        save(pathlib.Path(b.out), timed_rows)
+    say(
+        f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}, "
+        f"{b.experts} experts; {b.device.type}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, matmul peak {peak / 1e9:.0f} GFLOP/s, median of {b.repeats}"
+    )
+    say(table(rows))
+
+
+def bench_router(b, name, options):
+    """Times of one router's layer and of what it is held against; ms are medians of the rounds."""
+    known = ROUTERS[name].defaults
+    options = {option: value for option, value in options.items() if option in known}
+    if "tokens" in known:
+        options["tokens"] = b.group_size
+    router = build_router(name, b.dim, b.experts, **options)
+    moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(b.device)
+    dense = ffn(b.dim, b.hidden).to(b.device)
+    x = torch.randn(b.tokens // b.group_size, b.group_size, b.dim, device=b.device)
+    with torch.no_grad():
+        routing = moe(x)[1]
+        G, E, C, D = routing.dispatch(x).shape
+    filled = sum(routing.filled) if getattr(routing, "filled", None) else G * E * C
+    layer = wrap(b, moe)
+    slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
+    side = 8192 if b.device.type == "cuda" else 1024
+    square = torch.randn(side, side, device=b.device)
+
+    def tensor_form(z):
+        routing = moe.router(z)
+        return Routing(*routing.tensors(), routing.load).run(z, moe.experts)
+
+    calls = {
+        "layer": (lambda z: layer(z)[0], x),
+        "dense": (dense, x.new_empty(filled, D).normal_()),
+        "bare experts": (moe.experts, slots),
+        "matmul": (lambda z: z @ z, square),
+    }
+    if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
+        calls["tensor form"] = tensor_form, x
+    first = timed(b, *calls["layer"])[0]
+    seconds, kept = {what: [] for what in calls}, {}
+    for i in range(b.repeats + 2):
+        for what, call in calls.items():
+            moe.zero_grad()
+            dense.zero_grad()  # each writes its gradients afresh, as after a step
+            taken, kept[what] = timed(b, *call)
+            if i >= 2:
+                seconds[what].append(taken)
+    seconds = {what: np.array(taken) for what, taken in seconds.items()}
+    ms = {what: 1e3 * float(np.median(taken)) for what, taken in seconds.items()}
+    ratio = {what: float(np.median(seconds["layer"] / taken)) for what, taken in seconds.items()}
+    return {
+        "router": name,
+        "options": options,
+        "ms": ms,
+        "ratio": ratio,
+        "first_step_s": first,
+        "MiB": {what: kept[what] / 2**20 for what in ("layer", "dense")},
+        "flops_per_second": 3 * 4 * filled * D * b.hidden / (ms["layer"] / 1e3),
+        "peak_flops": 3 * 2 * side**3 / seconds["matmul"].min(),
+    }
+
+
+def timed(b, call, x):
+    """Seconds of one forward and backward, and the bytes kept between them, weights and x apart."""
+    x, seen = x.detach().requires_grad_(), {}
+
+    def pack(tensor):
+        base = tensor if tensor._base is None else tensor._base
+        if not base.is_leaf or not base.requires_grad:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    synchronize(b.device)
+    start = time.perf_counter()
+    with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = call(x)
+    y.sum().backward()
+    synchronize(b.device)
+    seen.pop(x.untyped_storage().data_ptr(), None)
+    return time.perf_counter() - start, sum(seen.values())
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# ================================================================ Later: the command line
+def number(rule, low, high, kind=float, above=False):
+    """A parser of numbers from `low` (or above it) to `high`, which names its rule."""
+
+    def parse_number(text):
+        value = kind(text)
+        held = low < value <= high if above else low <= value <= high
+        if not held:
+            most = f", at most {high:,}" if value > high else ""
+            raise argparse.ArgumentTypeError(f"must be {rule}{most}, got {text}")
+        return value
+
+    parse_number.__name__ = "whole number" if kind is int else "number"  # in argparse's messages
+    return parse_number
+
+
+def capacity(text):
+    return None if text == "none" else KINDS["positive"](text)
+
+
+def blocks(text):
+    return sorted({int(n) for n in text.split(",") if n.strip()})
+
+
+def path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; say a path or leave the flag away")
+    return text
+
+
+def router_name(text):
+    if text not in ("dense", "all", *ROUTERS):
+        known = ", ".join(("dense", *ROUTERS))
+        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {known}")
+    return text
+
+
+capacity.__name__, blocks.__name__ = "number", "list such as 1,3"
+KINDS = {
+    "whole": number("a whole number >= 1", 1, 10**7, int),
+    "few": number("a whole number >= 1", 1, 4096, int),
+    "count": number("a whole number >= 0", 0, 4096, int),
+    "integer": number("a whole number", -(2**63), 2**63 - 1, int),
+    "positive": number("a positive number", 0, sys.float_info.max, above=True),
+    "at_least_0": number("a number >= 0", 0, sys.float_info.max),
+    "share": number("a share from 0 up to 1", 0, 1 - 1e-9),
+    "capacity": capacity,
+    "blocks": blocks,
+    "path": path,
+    "router": router_name,
+    "text": str,
+}
+
+
+def option_kind(name, default):
+    """The kind of a router's option, read off its name and default."""
+    if name in CHOICES:
+        return CHOICES[name]
+    if name == "capacity_factor":
+        return "capacity"
+    if isinstance(default, bool):
+        return bool
+    return "at_least_0" if isinstance(default, float) else "whole"
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def spell(value):
+    """A value as the command line takes it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)  # main() says it in one line
+
+
+def make_parser():
+    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.epilog = (
+        "A flag with several values, or --router all, makes a grid of runs and one table."
+    )
+    options = {}
+    for name, default in OPTIONS.items():
+        having = [router for router, kind in ROUTERS.items() if name in kind.defaults]
+        told = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
+        options[name] = option_kind(name, default), default, told
+    groups = {
+        "a run": SETTINGS,
+        "images": moe_vision.SETTINGS,
+        "text": moe_tokens.SETTINGS,
+        "router options, for the routers named": options,
+        "instead of a run": ACTIONS,
+        "with --sample": SAMPLING,
+        "with --bench": BENCH,
+    }
+    for heading, settings in groups.items():
+        group = parser.add_argument_group(heading)
+        for name, (kind, default, told) in settings.items():
+            try:
+                add_flag(group, name, kind, default, told)
+            except argparse.ArgumentError:
+                rule = "has the name of another flag; call it otherwise"
+                raise ValueError(f"router option {name} {rule}") from None
+    return parser
+
+
+def add_flag(group, name, kind, default, told):
+    sizes = [task.SIZES["tiny"].get(name) for task in TASKS.values()]
+    if sizes != [None, None]:
+        shown = ", ".join(f"{task} {size}" for task, size in zip(TASKS, sizes) if size is not None)
+        told += f" ({shown})"
+    elif default is not None and default is not False and default != "":
+        told += f" ({default})"
+    told = told.replace("%", "%%")
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        group.add_argument(flag(name), action=action, default=argparse.SUPPRESS, help=told)
+    elif isinstance(kind, tuple):
+        many = dict(nargs="+", default=argparse.SUPPRESS, help=told, choices=kind)
+        group.add_argument(flag(name), **many)
+    else:
+        many = dict(nargs="+", default=argparse.SUPPRESS, help=told, type=KINDS[kind])
+        group.add_argument(flag(name), **many, metavar=name.split("_")[-1].upper())
+
+
+def parse(words):
+    """The command line -> an action or None, and what it says, {setting: [values]}."""
+    said = vars(make_parser().parse_args(words))
+    said = {name: value if isinstance(value, list) else [value] for name, value in said.items()}
+    actions = [name for name in ACTIONS if said.get(name, [False]) != [False]]
+    if len(actions) > 1:
+        raise ValueError(f"one at a time: {', '.join(flag(name) for name in actions)}")
+    return (actions[0] if actions else None), said
+
+
+class Outlet:
+    """A stream whose reader may leave (| head) or whose disk may fill; then only words are lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def keep_memory():
+    """Let glibc keep what tensors free: to fetch it again takes up to a fifth of a CPU's step."""
+    if platform.libc_ver()[0] == "glibc":
+        for threshold, size in (-3, 2**26), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, size)
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(words=None):
+    """Run the command line; returns the exit status. Errors are one line, status 2."""
+    keep_memory()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
+    try:
+        with process_group():
+            if processes()[0]:
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
+            return command(words)
+    except KeyboardInterrupt:
+        print("interrupted; what was written before stays", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        if not re.search(
+            "memory|alloc|overflow|too large", one_line(error) + type(error).__name__, re.I
+        ):
+            raise
+        told = one_line(error)[:200]
+        print(f"train.py: error: these sizes do not fit into memory: {told}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def command(words):
+    action, said = parse(words)
+    grown = any(len(values) > 1 for values in said.values()) or "all" in said.get("router", ())
+    if action is None:
+        for name in said:
+            if name in SAMPLING or name in BENCH:
+                raise ValueError(f"{flag(name)} is for --sample or --bench")
+        if grown:
+            return grid(said)
+        return run({name: values[0] for name, values in said.items()})
+    one = {name: values[0] for name, values in said.items()}
+    if grown and not (action == "bench" and len(said) == sum(map(len, said.values()))):
+        raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
+    folder = one.pop(action)
+    if action == "bench":
+        bench(one)
+    elif action == "resume":
+        return run(going_on(pathlib.Path(folder), one), pathlib.Path(folder), resume=True)
+    elif action == "table":
+        beside(action, one, ())
+        results(folder)
+    elif action == "eval":
+        beside(action, one, ("device",))
+        evaluate_again(folder, one.get("device", "auto"))
+    else:
+        beside(action, one, ("device", "seed", "task", *SAMPLING))
+        asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
+        sample(folder, SimpleNamespace(**(asked | one)))
+    return 0
+
+
+def beside(action, said, allowed):
+    for name in said:
+        if name not in allowed:
+            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
+
+
+def going_on(folder, said):
+    """What is said of a run that goes on. ValueError for settings of another result."""
+    before = read_said(folder)
+    had = settle(before)
+    for name, value in said.items():
+        if name not in FREE | {"steps"} and getattr(had, name, None) != value:
+            asked, has = f"{flag(name)} {spell(value)}", spell(getattr(had, name, None))
+            raise ValueError(f"{asked} contradicts the run in {folder}, which has {has}")
+    return before | said
 
 
 if __name__ == "__main__":
