@@ -842,9 +842,8 @@ class Experts(nn.Module):
         self.b2 = stacked(num_experts, 1, dim, hidden, init)
 
     def expert(self, z, w1, b1, w2, b2):
-        """What each of n experts computes: z [n, N, D], the n experts' parameters -> [n, N, D]."""
-        hidden = F.gelu(torch.baddbmm(b1, z, w1))  # [n, N, H]
-        return torch.baddbmm(b2, hidden, w2)
+        """What one expert computes of z [N, D], or all of them of z [E, N, D]; the same shape."""
+        return affine(F.gelu(affine(z, w1, b1)), w2, b2)
 
     def forward(self, slots):
         """slots [G, E, C, D] -> [G, E, C, D]. A slot may hold n vectors side by side."""
@@ -856,11 +855,18 @@ class Experts(nn.Module):
     def ragged(self, z, counts):
         """The same for z [N, D] sorted by expert, counts[e] rows of each: no empty slots."""
         outputs = []
-        by_expert = zip(*(parameter.split(1) for parameter in self.parameters()))
+        by_expert = zip(*(parameter.unbind() for parameter in self.parameters()))
         for rows, parameters in zip(z.split(counts), by_expert):
-            vectors = rows.reshape(1, rows.numel() // self.dim, self.dim)
+            vectors = rows.reshape(rows.numel() // self.dim, self.dim)
             outputs.append(self.expert(vectors, *parameters).view_as(rows))
         return torch.cat(outputs)
+
+
+def affine(z, weight, bias):
+    """z weight + bias as one product: of one expert, or of all as one batch."""
+    if z.ndim == 2:
+        return torch.addmm(bias, z, weight)
+    return torch.baddbmm(bias, z, weight)
 
 
 def stacked(num_experts, rows, columns, fan_in, init="independent"):
