@@ -1157,7 +1157,7 @@ def escape(text):
     return html.escape(str(text))
 
 
-def picture(folders, path, count=6):
+def picture(folders, path, count=5):
     """Write a PNG: test images, their patches coloured by expert, one finished run after another.
 
     Columns of a run: the image, then a column for each block with experts.
@@ -1376,9 +1376,14 @@ def reading(folder, missing, broken):
 
 
 def read_json(path):
+    refuse_pipe(path)
+    return json.loads(path.read_text("utf-8"))
+
+
+def refuse_pipe(path):
+    """ValueError for what is there and no plain file: to open a pipe is to wait."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no plain file")
-    return json.loads(path.read_text("utf-8"))
 
 
 def read_said(folder):
@@ -1406,6 +1411,7 @@ def read_checkpoint(folder):
     with reading(
         folder, "was never saved", "holds a checkpoint.pt that cannot be read as a checkpoint"
     ):
+        refuse_pipe(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
