@@ -1977,7 +1977,7 @@ def at_most(seconds):
     """Inside, a hang is an error."""
 
     def fail(number, frame):
-        raise AssertionError(f"still at it after {seconds} s")
+        pytest.fail(f"still at it after {seconds} s")  # no Exception: nothing takes it for its own
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(seconds)
@@ -2624,11 +2624,10 @@ def test_lexemes_are_short_and_read_in_linear_time_whatever_the_text(tmp_path):
     long = [b"a" * 200_000, b"7" * 200_000, b" " * 200_000, b"=" * 200_000, b"\n" * 200_000]
     long += ["日本".encode() * 100_000, "ßä".encode() * 100_000, bytes(range(256)) * 800]
     for text in long:
-        start = time.perf_counter()
-        lexemes = list(moe_tokens.lexemes(text))
-        tokenizer = moe_tokens.Tokenizer.learn([text])
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert time.perf_counter() - start < 3
+        with at_most(3):
+            lexemes = list(moe_tokens.lexemes(text))
+            tokenizer = moe_tokens.Tokenizer.learn([text])
+            assert tokenizer.decode(tokenizer.encode(text)) == text
         assert b"".join(lexemes) == text and max(map(len, lexemes)) <= 32
     g, characters = random.Random(0), [chr(0x4E00 + i) for i in range(300)]
     for i in range(20):
