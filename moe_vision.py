@@ -174,8 +174,8 @@ class Images:
     image_size  pixels along an image              names             of the classes
     about       one line on the set                few_shot_classes  those held out for the probe
 
-    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "kind" [B, T] and "pair"
-    [B, 2]. batch(step, part) gives the slice `part` of the step's batch, the same for every run of
+    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "kind" [B, T], "shape" [B]
+    and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of the step's batch, the same for every run of
     one seed; split(name) the batches of a part.
     """
 
@@ -210,7 +210,7 @@ class Images:
         logits, routings = model(batch["image"])
         label, counts = batch["label"], {}
         if logits.ndim == 3:  # patches: ground, and an edge or the interior of each shape
-            kind, shape = batch["kind"], batch["pair"][:, :1]
+            kind, shape = batch["kind"], batch["shape"][:, None]
             label = torch.where(kind > 0, 2 * shape + kind, 0)  # [B, T]
             guess = logits.argmax(-1)
             for c in range(logits.shape[-1]):
@@ -247,10 +247,10 @@ class Images:
             "position": (torch.arange(T).expand(B, T), patch, range(T)),
         }
         if "kind" in batch:
-            shape, texture = batch["pair"].cpu().unbind(1)
             found["patch kind"] = batch["kind"].cpu(), patch, KINDS
-            found["shape"] = shape[:, None].expand(B, T), image, SHAPES
-            found["texture"] = texture[:, None].expand(B, T), image, TEXTURES
+            found["shape"] = batch["shape"].cpu()[:, None].expand(B, T), image, SHAPES
+        if "tile" in batch:
+            found["tile"] = batch["tile"].cpu(), patch, range(len(TILES))
         return found
 
     @torch.no_grad()
@@ -347,11 +347,11 @@ def load(settings, device, folder=None):
 
 # ---------------------------------------------------------------- images drawn on the fly
 SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
-TEXTURES = ("upright", "level", "checks", "ripples")
 KINDS = ("background", "edge", "interior")  # of a patch
-PAIRS = [(shape, texture) for shape in range(len(SHAPES)) for texture in range(len(TEXTURES))]
-HELD_OUT = [(shape, shape % len(TEXTURES)) for shape in range(len(SHAPES))]  # for the probe
-TRAINED = [pair for pair in PAIRS if pair not in HELD_OUT]
+TILE = 4  # pixels along a tile
+TILES = torch.randint(2, (256, TILE, TILE), generator=seeded("tiles")) * 2.0 - 1  # dark -1, light 1
+OWNED = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]  # [classes, 64]
+TRAINED, HELD_OUT = range(18), range(18, 24)  # classes; those held out are for the probe
 
 
 def inside(u, v, r, angle):
@@ -367,19 +367,17 @@ def inside(u, v, r, angle):
     ]
 
 
-def waves(u, v, r):
-    """TEXTURES: a wave between -1 and 1 in the shape's own frame."""
-    return [torch.sin(u), torch.sin(v), torch.sin(u) * torch.sin(v), torch.sin(r)]
-
-
 class Drawn(Images):
-    """32x32 images of a shape filled with a texture; the class is the pair, colour tells nothing.
+    """32x32 images of a shape laid with tiles; the class is the set of tiles to choose from.
 
-    All parameters are drawn on the CPU, so that one seed is one set of images on every device.
+    There are 256 tiles, patterns of 4x4 pixels, and each class owns 64 of them, the same in every
+    run: a class is a bag of visual words. Shape, pose and colours tell nothing of it. To know many
+    tiles is what an FFN's width is good for. All parameters are drawn on the CPU, so that one seed
+    is one set of images on every device.
     """
 
     image_size = 32
-    names = [f"{SHAPES[shape]} {TEXTURES[texture]}" for shape, texture in TRAINED]
+    names = [f"class {c}" for c in TRAINED]
     few_shot_classes = HELD_OUT
     about = f"drawn images, {len(TRAINED)} classes to train, {len(HELD_OUT)} held out"
 
@@ -395,20 +393,25 @@ class Drawn(Images):
         """(images, labels) twice: `shots` of each held-out class, and those to be told."""
         return pick_shots(self.draw(1024, HELD_OUT, "probe", draw), shots)
 
-    def draw(self, count, pairs, *purpose, part=slice(None)):
-        """A batch of `count` images of these pairs; all are drawn, but only `part` is rendered."""
+    def draw(self, count, classes, *purpose, part=slice(None)):
+        """A batch of `count` images of these classes; all are drawn, but only `part` is rendered."""
         g = seeded(self.seed, *purpose)
-        label = torch.randint(len(pairs), (count,), generator=g)
-        number = torch.rand(count, 12, generator=g, dtype=torch.float32)  # an image's parameters
+        label = torch.randint(len(classes), (count,), generator=g)
+        shape = torch.randint(len(SHAPES), (count,), generator=g)
+        places = (self.image_size // TILE) ** 2
+        pick = torch.randint(OWNED.shape[1], (count, places), generator=g)
+        tile = OWNED[torch.tensor(classes)[label]].gather(1, pick)  # [B, places]
+        number = torch.rand(count, 10, generator=g, dtype=torch.float32)  # pose and colours
         noise = torch.randn(count, 1, 32, 32, generator=g, dtype=torch.float32)
         dtype = torch.get_default_dtype()  # drawn alike for every --dtype
-        drawn = torch.tensor(pairs)[label], label, number.to(dtype), noise.to(dtype)
+        drawn = label, shape, tile, number.to(dtype), noise.to(dtype)
         return self.render(*(send(tensor[part], self.device) for tensor in drawn))
 
-    def render(self, pair, label, number, noise):
+    def render(self, label, shape, tile, number, noise):
         def between(i, low, high):
             return (low + (high - low) * number[:, i])[:, None, None]  # [B, 1, 1]
 
+        B, n = len(label), self.image_size // TILE
         axis = torch.arange(32, device=label.device) / 15.5 - 1
         angle, size = between(0, -math.pi / 12, math.pi / 12), between(1, 0.7, 0.95)
         y = axis[:, None] - between(2, -0.3, 0.3)  # [B, 32, 1]
@@ -416,16 +419,18 @@ class Drawn(Images):
         u = (angle.cos() * x + angle.sin() * y) / size  # [B, 32, 32], the shape's own frame
         v = (angle.cos() * y - angle.sin() * x) / size
         r = (u * u + v * v).sqrt()
-        each = torch.arange(len(label), device=label.device)
-        filled = torch.stack(inside(u, v, r, torch.atan2(u, -v)))[pair[:, 0], each]
-        k, phase = between(4, 9, 11), between(5, 0, 6.3)  # k in radians per half an image
-        wave = torch.stack(waves(u * k + phase, v * k + phase, r * k + phase))[pair[:, 1], each]
-        ground, colour = number[:, 6:9] * 0.5, number[:, 9:12] * 0.5 + 0.5  # the shape is brighter
-        shape = colour[..., None, None] * (1 + wave[:, None] / 3)  # [B, 3, 32, 32]
-        image = torch.where(filled[:, None], shape, ground[..., None, None]) + 0.15 * noise
+        each = torch.arange(B, device=label.device)
+        filled = torch.stack(inside(u, v, r, torch.atan2(u, -v)))[shape, each]  # [B, 32, 32]
+        laid = TILES.to(noise)[tile].view(B, n, n, TILE, TILE).transpose(2, 3).reshape(B, 1, 32, 32)
+        ground, colour = number[:, 4:7] * 0.5, number[:, 7:10] * 0.5 + 0.5  # the shape is brighter
+        figure = colour[..., None, None] * (1 + laid / 3)  # [B, 3, 32, 32]
+        image = torch.where(filled[:, None], figure, ground[..., None, None]) + 0.15 * noise
         covered = F.avg_pool2d(filled[:, None].float(), self.patch).flatten(1)  # [B, T], a share
         kind = (covered > 0).long() + (covered == 1).long()
-        return {"image": (image - 0.5) * 4, "label": label, "kind": kind, "pair": pair}
+        batch = {"image": (image - 0.5) * 4, "label": label, "kind": kind, "shape": shape}
+        if self.patch == TILE:
+            batch["tile"] = torch.where(kind > 0, tile, -1)
+        return batch
 
     def pixels(self, image):
         """Images as the model sees them -> what an eye sees, [B, S, S, 3] uint8."""

@@ -2136,21 +2136,29 @@ def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
     data = moe_vision.Drawn(settings, "cpu")
     batch = data.batch(3)
     shapes = {name: list(value.shape) for name, value in batch.items()}
-    assert shapes == {"image": [64, 3, 32, 32], "label": [64], "kind": [64, 64], "pair": [64, 2]}
-    pairs = [tuple(pair) for pair in batch["pair"].tolist()]
-    assert [moe_vision.TRAINED[label] for label in batch["label"]] == pairs
+    known = {"kind": [64, 64], "shape": [64], "tile": [64, 64]}
+    assert shapes == {"image": [64, 3, 32, 32], "label": [64], **known}
     assert not set(moe_vision.TRAINED) & set(moe_vision.HELD_OUT)
-    shape, texture = zip(*moe_vision.TRAINED)
-    assert set(shape) == set(range(6)) and set(texture) == set(range(4))
+    for label, tiles in zip(batch["label"], batch["tile"]):  # each class has its own set of tiles
+        owned = moe_vision.OWNED[moe_vision.TRAINED[label]]
+        assert len(owned.unique()) == 64 and torch.isin(tiles[tiles >= 0], owned).all()
+    assert torch.equal(batch["tile"] >= 0, batch["kind"] > 0)
+    whole = batch["kind"] == 2  # a tile shows its pattern: its light pixels are the brighter ones
+    pixels = F.pixel_unshuffle(batch["image"].mean(1, keepdim=True), 4).flatten(2).mT  # [B, T, 16]
+    pattern = moe_vision.TILES.flatten(1)[batch["tile"][whole]]
+    seen = pixels[whole]
+    light = (seen * (pattern > 0)).sum(1) / (pattern > 0).sum(1)
+    dark = (seen * (pattern < 0)).sum(1) / (pattern < 0).sum(1)
+    assert (light > dark + 0.5).float().mean() > 0.99
     brightness = F.avg_pool2d(batch["image"].mean(1), 4).flatten(1)
     interior, ground = (brightness[batch["kind"] == kind].mean() for kind in (2, 0))
     assert interior > ground + 1  # the map lies where the shape is
     part = data.batch(3, part=slice(10, 20))
     assert all(torch.equal(part[name], batch[name][10:20]) for name in batch)
     assert not torch.equal(batch["image"], data.batch(4)["image"])
-    number = torch.tensor([[0.5] * 6 + [0.0] * 3 + [1.0] * 3])  # black ground, white shape
-    disc = torch.tensor([[moe_vision.SHAPES.index("disc"), 0]])
-    drawn = data.render(disc, torch.tensor([0]), number, torch.zeros(1, 1, 32, 32))
+    number = torch.tensor([[0.5] * 4 + [0.0] * 3 + [1.0] * 3])  # black ground, white shape
+    disc, tiles = torch.tensor([moe_vision.SHAPES.index("disc")]), torch.zeros(1, 64).long()
+    drawn = data.render(torch.tensor([0]), disc, tiles, number, torch.zeros(1, 1, 32, 32))
     filled = (drawn["image"][0, 0] > -2).float()  # black is (0 - 0.5) * 4
     share = filled.view(8, 4, 8, 4).mean((1, 3)).flatten()  # of each patch
     assert torch.equal(drawn["kind"][0], (share > 0).long() + (share == 1).long())
@@ -2208,7 +2216,7 @@ def test_every_router_pays_what_the_dense_model_of_its_active_experts_pays(task,
 def test_patches_are_told_apart_by_kind_and_shape():
     b = built("--head", "patch", "--router", "dense")
     batch = b.data.batch(0)
-    shape, kind = batch["pair"][:, :1], batch["kind"]
+    shape, kind = batch["shape"][:, None], batch["kind"]
     truth = torch.where(kind == 0, 0, 1 + 2 * shape + kind - 1)
 
     def perfect(image):
@@ -2980,7 +2988,7 @@ def test_a_report_page_of_images_holds_the_summary_curves_maps_and_patches(
     titles = [part.text for part in page.headed("block 1: shape").iter(SVG + "title")]
     unserved = [float(title.split()[-1]) for title in titles if "disc, no expert" in title]
     assert len(unserved) == 1 and unserved[0] > 0.3  # half of the slots are missing
-    assert "disc level" in page.words(page.headed("block 1: class"))
+    assert "class 1" in page.words(page.headed("block 1: class"))
     assert all(f"expert {e}" in page.text for e in range(4)) and "no expert" in page.text
     picture = base64.b64decode(re.search(r"data:image/png;base64,([^\"]*)", page.text)[1])
     height, width = (int.from_bytes(picture[i : i + 4], "big") for i in (20, 16))

@@ -656,7 +656,7 @@ DECIMALS = {  # of a column; 1 where it is not named
     "sequences/s": 0,
 }
 CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to tell
-KNOWN = ("patch kind", "class", "texture", "shape", "position", "token class", "topic")
+KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "topic")
 
 
 def row(summaries, task, known=False):
