@@ -3,8 +3,7 @@
 Part one, to be read: examples worked out by hand, every router again as slow loops, numbers that
 published code gives; then what holds for every router, who leaks the future, what the losses and
 solvers do, and what a layer must bear in other people's hands. Part two: the promises of train.py
-and the two model files. With EVERY_ROUTER=1, and `-k killed`, runs of many routers are killed and
-resumed.
+and the two model files. EVERY_ROUTER=1 and `-k killed` kills and resumes runs of many routers.
 
 Axes as in routers.py: G groups, T tokens, D width, E experts, C slots, K choices. Numbers are
 compared in float64. What is parametrised over ROUTERS, or by @each, tests a router that you add as
@@ -15,6 +14,7 @@ import base64
 import collections
 import contextlib
 import copy
+import fractions
 import functools
 import hashlib
 import html.parser
@@ -54,25 +54,9 @@ import moe_tokens
 import moe_vision
 import routers
 import train
-from routers import (
-    Experts,
-    MoE,
-    ROUTERS,
-    Routing,
-    TokenChoice,
-    balance_loss,
-    build_router,
-    importance_loss,
-    load_loss,
-    project,
-    queue,
-    seeded,
-    sinkhorn_plan,
-    sparse_plan,
-    stacked,
-    top,
-    z_loss,
-)
+from routers import MoE, ROUTERS, Experts, Routing, TokenChoice, build_router, seeded, stacked
+from routers import balance_loss, importance_loss, load_loss, z_loss
+from routers import project, queue, sinkhorn_plan, sparse_plan, top
 
 ROOT = pathlib.Path(train.__file__).parent
 
@@ -177,98 +161,40 @@ CROWD = [[3.6, 0.3, 0.1], [1.8, 0.2, 0.5], [0.6, 0.5, 0.4]]
 ALONE = [[4, 1, 1 / 4], [1 / 4, 3, 1 / 3], [9, 1.5, 1 / 9]]
 NEAR = [[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.45, 0.35, 0.2]]
 STATE = {"hash": {"table": torch.tensor([1, 0, 2])}, "sigmoid": {"bias": float64([0, 0, 0.4])}}
-WORKED = [  # router, options, numbers, {(token, expert, slot): weight}
+WORKED = [  # router, options, numbers, and expert after expert its slots, token:weight
     # All three want expert 0, which has two slots: the first two get them, token 2 is dropped.
-    ("token_choice", dict(capacity_factor=2), GATES, {(0, 0, 0): 0.5, (1, 0, 1): 0.6}),
+    ("token_choice", dict(capacity_factor=2), GATES, "0:.5 1:.6 | |"),
     # The surest first: token 2 (.7), then token 1 (.6); token 0 is dropped.
-    (
-        "token_choice",
-        dict(capacity_factor=2, priority="gate"),
-        GATES,
-        {(2, 0, 0): 0.7, (1, 0, 1): 0.6},
-    ),
+    ("token_choice", dict(capacity_factor=2, priority="gate"), GATES, "2:.7 1:.6 | |"),
     # Two choices by position: 0 -> 0, 1; 1 -> 0, 2; 2 -> 0 (full), 1. Gates divided by .8, .9, .9,
     # whoever is dropped.
-    (
-        "token_choice",
-        dict(top_k=2, renormalize=True),
-        GATES,
-        {(0, 0, 0): 5 / 8, (0, 1, 0): 3 / 8, (1, 0, 1): 6 / 9, (1, 2, 0): 3 / 9, (2, 1, 1): 2 / 9},
-    ),
+    ("token_choice", dict(top_k=2, renormalize=True), GATES, "0:5/8 1:6/9 | 0:3/8 2:2/9 | 1:3/9"),
     # Everyone's largest number stands first, yet in the balanced plan tokens prefer 0 (.6), 2 (.5),
     # 1 (.5). Softmax weighs.
-    (
-        "sinkhorn_token_choice",
-        dict(capacity_factor=2),
-        CROWD,
-        {(0, 0, 0): 0.9, (1, 2, 0): 0.2, (2, 1, 0): 1 / 3},
-    ),
+    ("sinkhorn_token_choice", dict(capacity_factor=2), CROWD, "0:.9 | 2:1/3 | 1:.2"),
     # A row's two largest, .5 and .3, reach the simplex by (1 - .8) / 2 more each: .6 and .4. So
     # every expert has .6 + .4 = 1 and no price has to move. Seats by position; the plan weighs.
     (
         "sparse_token_choice",
         dict(top_k=2, combine_weights="plan"),
         TURNS,
-        {
-            (0, 0, 0): 0.6,
-            (0, 1, 0): 0.4,
-            (1, 1, 1): 0.6,
-            (1, 2, 0): 0.4,
-            (2, 2, 1): 0.6,
-            (2, 0, 1): 0.4,
-        },
+        "0:.6 2:.4 | 0:.4 1:.6 | 1:.4 2:.6",
     ),
     # The bias adds .4 to expert 2. Token 0: .8 .5 .6, so it goes to 0 and 2, where by the sigmoids
     # it would go to 0 and 1. Its weights know no bias: .8 and .2, whose sum is 1. Token 1 goes to 1
     # (.75) and 2 (.25), token 2 to 0 and 1: .9 and .6 over 1.5.
-    (
-        "sigmoid",
-        dict(top_k=2),
-        ALONE,
-        {
-            (0, 0, 0): 0.8,
-            (0, 2, 0): 0.2,
-            (1, 1, 0): 0.75,
-            (1, 2, 1): 0.25,
-            (2, 0, 1): 0.6,
-            (2, 1, 1): 0.4,
-        },
-    ),
+    ("sigmoid", dict(top_k=2), ALONE, "0:.8 2:.6 | 1:.75 2:.4 | 0:.2 1:.25"),
     # One choice: 0 (.8), then 1 (.75), then 0 (.9). The sigmoid itself weighs, it is not made 1.
-    (
-        "sigmoid",
-        dict(capacity_factor=2),
-        ALONE,
-        {(0, 0, 0): 0.8, (1, 1, 0): 0.75, (2, 0, 1): 0.9},
-    ),
+    ("sigmoid", dict(capacity_factor=2), ALONE, "0:.8 2:.9 | 1:.75 |"),
     # Columns .5 .6 .7, .3 .1 .2 and .2 .3 .1: the two largest of each, falling.
-    (
-        "expert_choice",
-        dict(capacity_factor=2),
-        GATES,
-        {
-            (2, 0, 0): 0.7,
-            (1, 0, 1): 0.6,
-            (0, 1, 0): 0.3,
-            (2, 1, 1): 0.2,
-            (1, 2, 0): 0.3,
-            (0, 2, 1): 0.2,
-        },
-    ),
+    ("expert_choice", dict(capacity_factor=2), GATES, "2:.7 1:.6 | 0:.3 2:.2 | 1:.3 0:.2"),
     # Columns of the plan: .6 .3 .1 takes 0, 1; .3 .2 .5 takes 2, 0; .1 .5 .4 takes 1, 2. The
     # softmax weighs.
     (
         "sinkhorn_expert_choice",
         dict(capacity_factor=2),
         CROWD,
-        {
-            (0, 0, 0): 0.9,
-            (1, 0, 1): 0.72,
-            (2, 1, 0): 1 / 3,
-            (0, 1, 1): 0.075,
-            (1, 2, 0): 0.2,
-            (2, 2, 1): 4 / 15,
-        },
+        "0:.9 1:.72 | 2:1/3 0:.075 | 1:.2 2:4/15",
     ),
     # As the sparse plan above, by columns: .5 .2 .3 -> .6 (token 0) and .4 (token 2), and so on
     # round the circle.
@@ -276,31 +202,14 @@ WORKED = [  # router, options, numbers, {(token, expert, slot): weight}
         "sparse_expert_choice",
         dict(capacity_factor=2, combine_weights="plan"),
         TURNS,
-        {
-            (0, 0, 0): 0.6,
-            (2, 0, 1): 0.4,
-            (1, 1, 0): 0.6,
-            (0, 1, 1): 0.4,
-            (2, 2, 0): 0.6,
-            (1, 2, 1): 0.4,
-        },
+        "0:.6 2:.4 | 1:.6 0:.4 | 2:.6 1:.4",
     ),
     # Thresholds start at 1/3: token 0 passes at 0, 1 at 0 and 1, 2 at 0 (whose two slots are gone)
     # and 1.
-    (
-        "expert_threshold",
-        {},
-        NEAR,
-        {(0, 0, 0): 0.5, (1, 0, 1): 0.4, (1, 1, 0): 0.4, (2, 1, 1): 0.35},
-    ),
+    ("expert_threshold", {}, NEAR, "0:.5 1:.4 | 1:.4 2:.35 |"),
     # Keys 0, 2, 4 of a table 1 0 2. Key 0 goes to 1 and the next, 2; key 2 to 2 and 0; 4 mod 3 = 1
     # and 2, where it is third.
-    (
-        "hash",
-        dict(top_k=2, num_keys=3),
-        GATES,
-        {(0, 1, 0): 0.5, (0, 2, 0): 0.5, (1, 2, 1): 0.5, (1, 0, 0): 0.5, (2, 1, 1): 0.5},
-    ),
+    ("hash", dict(top_k=2, num_keys=3), GATES, "1:.5 | 0:.5 2:.5 | 0:.5 1:.5"),
 ]
 
 
@@ -309,8 +218,10 @@ def test_a_router_fills_the_tensors_as_worked_out_by_hand(name, options, numbers
     router, want = plain(name, 3, **options), torch.zeros(2, 1, 3, 3, 2, dtype=torch.float64)
     router.load_state_dict(STATE.get(name, {}), strict=False)
     dispatch, combine = router(float64([numbers]).log(), torch.tensor([[0, 2, 4]])).tensors()
-    for seat, weight in seats.items():
-        want[0, 0][seat], want[1, 0][seat] = 1, weight
+    for e, slots in enumerate(seats.split("|")):
+        for c, slot in enumerate(slots.split()):
+            token, weight = slot.split(":")
+            want[:, 0, int(token), e, c] = float64([1, float(fractions.Fraction(weight))])
     same((dispatch, combine), (want[0], want[1]), 1e-9)  # a sparse price moves by 1e-10
 
 
