@@ -1111,9 +1111,7 @@ def test_only_update_changes_a_buffer_and_a_fresh_layer_takes_over_a_used_ones_s
 
 
 @each(WEIGHED, router_weights=["frozen", "random"], gate=["linear", "mlp"])
-def test_a_frozen_router_stands_still_and_a_random_one_is_drawn_anew_by_update_for_training_alone(
-    name, options
-):
+def test_frozen_gates_stand_still_and_update_draws_random_ones_for_training_alone(name, options):
     x = draw(2, 12, 6)
     moe = layer(name, x, 4, **options)
     trained, fixed = [], []
@@ -1124,12 +1122,9 @@ def test_a_frozen_router_stands_still_and_a_random_one_is_drawn_anew_by_update_f
         y.square().sum().backward()
         torch.optim.SGD(moe.parameters(), 0.1).step()
         moe.router.update([routing], seeded(key))
-    for weight in moe.router.parameters():
-        assert weight.grad is None
-    for weight in moe.experts.parameters():
-        assert weight.grad.any()
-    for logits in fixed:
-        assert torch.equal(logits, fixed[0])
+    assert all(weight.grad is None for weight in moe.router.parameters())
+    assert all(weight.grad.any() for weight in moe.experts.parameters())
+    assert all(torch.equal(logits, fixed[0]) for logits in fixed)
     assert torch.equal(trained[1], trained[3])  # the same key, the same weights
     frozen = options["router_weights"] == "frozen"
     assert torch.equal(trained[0], trained[1]) is frozen
@@ -1275,9 +1270,7 @@ def test_a_fork_of_token_choice_is_a_class_and_its_losses_go_by_its_own_gates(mo
 
 @pytest.mark.parametrize("swiglu", [False, True])
 @each(TOKENS_CHOOSE, top_k=[1, 2], capacity_factor=[None])
-def test_dropless_experts_compute_the_filled_slots_alone_and_the_same_as_padded(
-    name, options, swiglu
-):
+def test_dropless_experts_compute_filled_slots_alone_and_as_padded_ones(name, options, swiglu):
     x = draw(3, 9, 6).requires_grad_()
     moe = layer(name, x, 8, **options)
     if swiglu:
@@ -1290,7 +1283,7 @@ def test_dropless_experts_compute_the_filled_slots_alone_and_the_same_as_padded(
     alike(draw(3, 9, 6, seed=1), [x, *moe.parameters()], [y], [want])
 
 
-def test_a_swiglu_expert_computes_its_formula():
+def test_an_own_kind_of_expert_computes_its_formula():
     experts, slots = SwiGLU(2, 3, 4).double(), draw(1, 2, 5, 3)
     for e, (w1, w3, w2) in enumerate(zip(experts.w1, experts.w3, experts.w2)):
         z = slots[0, e]
@@ -1381,9 +1374,7 @@ def test_parameters_can_be_counted_before_the_first_tokens(name, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each(top_k=[2], capacity_factor=[1.0, None], gate=["mlp"], bias_rate=[0.1])
-def test_a_layer_in_half_precision_routes_as_the_float32_layer_of_the_same_weights(
-    name, options, dtype
-):
+def test_a_half_precision_layer_routes_as_the_float32_one_of_its_weights(name, options, dtype):
     x = draw(2, 16, 8).to(dtype)
     full = layer(name, x, 4, **options).float()
     shift_buffers(full.router)
@@ -1428,21 +1419,14 @@ def test_no_groups_give_empty_outputs_and_gradients_of_zero(name, options):
         assert parameter.grad is None or not parameter.grad.any()
 
 
-def without_autocast(device_type, enabled):
-    return contextlib.nullcontext()
+TRAINING = dict(noise_std=[0.5], bias_rate=[0.1], iterations=[2])
 
 
-@each(
-    top_k=[1, 2],
-    priority=["token", "gate"],
-    combine_weights=BOTH,
-    iterations=[2],
-    noise_std=[0.5],
-    bias_rate=[0.1],
-)
-def test_no_value_is_read_back_on_the_way_through_a_layer_of_fixed_capacity(
-    name, options, monkeypatch
-):
+@each(top_k=[1, 2], priority=["token", "gate"], combine_weights=BOTH, **TRAINING)
+def test_no_value_is_read_back_on_the_way_through_a_layer(name, options, monkeypatch):
+    def without_autocast(device_type, enabled):
+        return contextlib.nullcontext()
+
     monkeypatch.setattr(torch, "autocast", without_autocast)  # it knows no meta device
     x = draw(2, 8, 6).to("meta").requires_grad_()  # shapes without numbers: .item() raises
     moe = layer(name, x, 4, **options).to("meta")
