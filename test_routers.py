@@ -1498,12 +1498,15 @@ def single_precision_again():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def run(*flags):
     return train.main([str(flag) for flag in flags])
-
-
-def is_progress(line):
-    return "%|" in line or "it/s" in line or "?it" in line or not line.strip()
 
 
 def refused(capsys, *flags):
@@ -1511,7 +1514,8 @@ def refused(capsys, *flags):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(*flags)
-    said = [line for line in capsys.readouterr().err.splitlines() if not is_progress(line)]
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.strip() and not re.search(r"%\||it/s|\?it", line)]
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("train.py: error: "), said
     return said[0]
 
@@ -1550,12 +1554,12 @@ def losses_of(folder):
     return [line["loss"] for line in lines_of(folder) if "split" not in line]
 
 
-def weights_of(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+def checkpoint_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def same_weights(a, b):
-    one, other = weights_of(a), weights_of(b)
+    one, other = checkpoint_of(a)["model"], checkpoint_of(b)["model"]
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -1630,14 +1634,15 @@ def hasty(monkeypatch):
     monkeypatch.setattr(moe_vision.Drawn, "split", lambda self, name: [next(split(self, name))])
 
 
-def test_one_seed_gives_the_same_run_bit_for_bit_eval_repeats_it_and_another_gives_another(
-    tmp_path, capsys, hasty
-):
-    a, b = tmp_path / "a", tmp_path / "b"
+def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(here, capsys, hasty):
+    a, b = here / "a", here / "b"
     for folder in a, b:
         words = ["--router", "token_choice", "--capacity-factor", 1, "--balance", "vmoe"]
         assert run(*SMALL, *words, "--noise-std", 1, "--out", folder) == 0
-    printed = capsys.readouterr().out.splitlines()[1:-1]  # between the first line and the folder
+    printed, progress = capsys.readouterr()
+    printed = printed.splitlines()[1:-1]  # between the first line and the folder
+    for words in "evaluating on validation", "evaluating on test", "examining experts":
+        assert words in progress
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     assert same_weights(a, b)
     lines = lines_of(a)
@@ -1654,8 +1659,7 @@ def test_one_seed_gives_the_same_run_bit_for_bit_eval_repeats_it_and_another_giv
     assert not torch.equal(first.model.embed.weight, second.model.embed.weight)
 
 
-E, BATCH = TINY["vision"]["experts"], TINY["vision"]["batch_size"]
-DIM, LAST = TINY["vision"]["dim"], TINY["vision"]["depth"] - 1
+E, LAST = TINY["vision"]["experts"], TINY["vision"]["depth"] - 1
 WRONG_FLAGS = [
     ("--router expert", "unknown router 'expert'; known: dense, token_choice"),
     ("--patch 5", "--patch must divide the image size, got --patch 5"),
@@ -1704,6 +1708,30 @@ WRONG_FLAGS = [
     ("--router expert_choice --balance-scope batch", "--balance-scope is no option of"),
     ("--temperature 1", "--temperature is for --sample or --bench"),
     ("--eval x --sample y", "one at a time: --eval, --sample"),
+    ("--eval nowhere", "nowhere is no run: config.json is missing"),
+    ("--resume nowhere", "nowhere is no run: config.json is missing"),
+    ("--sample nowhere", "nowhere is no run: config.json is missing"),
+    ("--table nowhere", "no finished run"),
+    # a grid refuses what a run refuses, and what no run of it uses
+    ("--router soft --seed 0 1 --priority gate", "--priority is no option of --router soft"),
+    ("--router dense soft --prefix 4", "--prefix is no setting of --task vision"),
+    ("--router token_choice soft --noise-std 0 -1", "must be a number >= 0, got -1"),
+    ("--experts 2 4 --router token_choice --top-k 3", "top_k must be at most num_experts=2"),
+    ("--seed 0 1 --heads 3", "--heads must divide --dim"),
+    ("--router all --heads 3", "no router takes these settings; dense: --heads must divide --dim"),
+    ("--router all --prompt x", "--prompt is for --sample or --bench"),
+    ("--seed 0 1 --router-lr 2 --router soft dense", "--router-lr is for routers with a gate"),
+    ("--seed 0 1 --device cpu auto", "--device takes one value, got 2"),
+    ("--seed 0 1 --log-every 1 2", "--log-every takes one value, got 2"),
+    ("--seed 0 1 --save-every 1 2", "--save-every takes one value, got 2"),
+    ("--out y z", "--out takes one value, got 2"),
+    ("--task vision tokens", "--task takes one value, got 2"),
+    ("--seed 0 1 --out file", "File exists: 'file'"),
+    ("--out file", "--out file is a file"),
+    ("--eval x --router all", "--eval takes one value for each flag, and one router"),
+    ("--table x --seed 0 1", "--table takes one value for each flag, and one router"),
+    ("--resume x --seed 0 1", "--resume takes one value for each flag, and one router"),
+    ("--sample x --seed 0 1", "--sample takes one value for each flag, and one router"),
 ]
 for action in "--eval", "--resume", "--table", "--sample", "--out", "--data":
     WRONG_FLAGS.append((f"{action}=", f"argument {action}: is empty; say a path"))
@@ -1712,84 +1740,16 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize("flags, rule", WRONG_FLAGS)
-def test_a_wrong_flag_gets_one_line_that_names_the_rule_and_the_value(
-    flags, rule, capsys, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    steps = () if "--bench" in flags or "--eval" in flags else ("--steps", 1)
-    words = flags.split()
-    assert rule in refused(capsys, *words, *steps)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("action", ["--eval", "--resume", "--sample", "--table"])
-def test_a_folder_that_holds_no_run_gets_one_line(action, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    said = refused(capsys, action, "nowhere")
-    assert "nowhere is no run: config.json is missing" in said or "no finished run" in said
-    assert not list(tmp_path.iterdir())
+def test_a_wrong_flag_gets_one_line_that_names_the_rule_and_the_value(flags, rule, here, capsys):
+    (here / "file").touch()
+    short = () if re.search("--(bench|eval|resume|sample|table) ", flags) else ("--steps", 1)
+    assert rule in refused(capsys, *flags.split(), *short)
+    assert [path.name for path in here.iterdir()] == ["file"]
 
 
 class Bomb:  # what a pickle inside an .npz or a checkpoint could do
     def __reduce__(self):
         return os.mkdir, ("exploded",)
-
-
-def broken_images(here):
-    """{what the error says: what writes that image file}."""
-
-    def cifar(file=None, size=0, classes=10):
-        write_cifar(here, classes=classes)
-        if file:
-            os.truncate(here / file, size)
-
-    def npz(**changed):
-        write_npz(here / "x.npz", **changed)
-
-    def cut():
-        npz()
-        os.truncate(here / "x.npz", 9999)
-
-    def incomplete():
-        np.savez(here / "x.npz", x_train=0, y_train=0)
-
-    images = np.zeros((20, 16, 16, 3), np.uint8)
-    large = np.where(np.arange(20) == 7, 3_000_000, 1)
-    return {
-        "lacks train.bin; it needs data_batch_*.bin and test_batch.bin, or": (lambda: None),
-        "not a whole number of records of 3073 bytes": lambda: cifar("test_batch.bin", 9999),
-        "holds 0 bytes": lambda: cifar("data_batch_1.bin"),
-        "has a label 10; labels of this layout are below 10": lambda: cifar(classes=11),
-        "--batch-size 99 is larger than the data: 36 training images": cifar,
-        "allow_pickle": lambda: npz(y_train=np.array([Bomb()], object)),
-        "y_train must be 20 whole numbers, got float64": lambda: npz(y_train=np.zeros(20)),
-        "square uint8 images [N, S, S, 3], got float32": lambda: npz(
-            x_train=images * np.float32(1)
-        ),
-        "square uint8 images [N, S, S, 3], got uint8 [20, 0, 0, 3]": lambda: npz(
-            x_train=images[:, :0, :0], x_test=images[:, :0, :0]
-        ),
-        "labels out of range: 0 to 4, but training knows 0 to 3": lambda: npz(
-            y_test=np.arange(20) % 5
-        ),
-        "labels out of range: -1": lambda: npz(y_train=np.arange(20) % 5 - 1),
-        "labels out of range: 1 to 3000000": lambda: npz(y_train=large, y_test=large),
-        "cannot read": cut,
-        "x.npz lacks x_test, y_test; it needs": incomplete,
-        "no such data": lambda: os.mkfifo(here / "x.npz"),
-    }
-
-
-@pytest.mark.parametrize("rule", broken_images(None))
-def test_a_broken_image_file_is_refused_and_a_pickle_never_opened(
-    rule, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    broken_images(tmp_path)[rule]()
-    data = next(tmp_path.glob("*.npz"), tmp_path)
-    with at_most(10):
-        assert rule in refused(capsys, *SMALL, "--batch-size", 99, "--data", data)
-    assert not (tmp_path / "exploded").exists()
 
 
 @contextmanager
@@ -1808,18 +1768,65 @@ def at_most(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("fine", [0, 1])
-def test_cifar_files_are_read_whole_and_trained_on(fine, tmp_path):
-    files = ("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin")
-    if fine:
-        files = ("train.bin", "test.bin")
-    pixels = write_cifar(tmp_path / "data", files, fine=fine, classes=7)
-    train_files = [tmp_path / "data" / file for file in files[:-1]]
-    images, labels, classes = moe_vision.read_cifar(train_files)
+def refused_data(capsys, path):
+    with at_most(10):
+        return refused(capsys, *SMALL, "--batch-size", 99, "--data", path)
+
+
+def test_broken_image_files_are_refused(here, capsys):
+    rule = "lacks train.bin; it needs data_batch_*.bin and test_batch.bin, or train.bin and"
+    assert rule in refused_data(capsys, ".")
+    write_cifar(here)
+    rule = "--batch-size 99 is larger than the data: 36 training images"
+    assert rule in refused_data(capsys, ".")
+    os.truncate("test_batch.bin", 9999)
+    assert "not a whole number of records of 3073 bytes" in refused_data(capsys, ".")
+    os.truncate("data_batch_1.bin", 0)
+    assert "data_batch_1.bin holds 0 bytes" in refused_data(capsys, ".")
+    write_cifar(here, classes=11)
+    assert "has a label 10; labels of this layout are below 10" in refused_data(capsys, ".")
+    os.truncate(write_npz(here / "x.npz"), 9999)
+    assert "cannot read x.npz" in refused_data(capsys, "x.npz")
+    np.savez("x.npz", x_train=0, y_train=0)
+    assert "x.npz lacks x_test, y_test; it needs" in refused_data(capsys, "x.npz")
+    os.mkfifo("pipe.npz")
+    assert "no such data: pipe.npz" in refused_data(capsys, "pipe.npz")
+
+
+IMAGES, LABELS = np.zeros((20, 16, 16, 3), np.uint8), np.arange(20) % 5
+LARGE = np.where(np.arange(20) == 7, 3_000_000, 1)
+WRONG_ARRAYS = [
+    (dict(y_train=np.array([Bomb()], object)), "allow_pickle"),
+    (dict(y_train=np.zeros(20)), "y_train must be 20 whole numbers, got float64"),
+    (dict(x_train=IMAGES * 1.0), "must be square uint8 images [N, S, S, 3], got float64"),
+    (dict(x_train=IMAGES[:, :0, :0], x_test=IMAGES[:, :0, :0]), "got uint8 [20, 0, 0, 3]"),
+    (dict(y_test=LABELS), "labels out of range: 0 to 4, but training knows 0 to 3"),
+    (dict(y_train=LABELS - 1), "labels out of range: -1"),
+    (dict(y_train=LARGE, y_test=LARGE), "labels out of range: 1 to 3000000"),
+]
+
+
+@pytest.mark.parametrize("changed, rule", WRONG_ARRAYS)
+def test_wrong_arrays_are_refused_and_a_pickle_is_never_opened(changed, rule, here, capsys):
+    write_npz(here / "x.npz", **changed)
+    assert rule in refused_data(capsys, "x.npz")
+    assert not (here / "exploded").exists()
+
+
+CIFAR10, CIFAR100 = ("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin"), (
+    "train.bin",
+    "test.bin",
+)
+
+
+@pytest.mark.parametrize("fine, files", [(0, CIFAR10), (1, CIFAR100)])
+def test_cifar_files_are_read_whole_and_trained_on(fine, files, here):
+    pixels = write_cifar(here / "data", files, fine=fine, classes=7)
+    images, labels, classes = moe_vision.read_cifar([here / "data" / file for file in files[:-1]])
     assert classes == (100 if fine else 10) and len(images) == 40 * (len(files) - 1)
     assert (images[:40].reshape(40, -1) == pixels).all()
     assert (labels[:40] == np.arange(40) % 7).all()
-    assert run(*SMALL, "--data", tmp_path / "data", "--out", tmp_path / "run") == 0
+    assert run(*SMALL, "--data", "data", "--out", "run") == 0
 
 
 def test_stored_images_part_into_training_validation_test_and_the_few_shot_classes(tmp_path):
@@ -1901,39 +1908,36 @@ def http_reply(body, length=None):
     return b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % (length or len(body)) + body
 
 
-def test_the_official_archive_is_fetched_once_checked_and_unpacked_inside_its_folder(
-    tmp_path, capsys, monkeypatch
+def test_the_official_archive_is_fetched_once_and_unpacked_inside_its_folder(
+    here, capsys, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)
-    write_cifar(tmp_path / "source", count=20)
+    write_cifar(here / "source", count=20)
     link = tarfile.TarInfo("cifar-10-batches-bin/link.bin")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     for outside in tarfile.TarInfo("../../escaped.bin"), link:
-        body = packed(tmp_path / "source", outside)
+        body = packed(here / "source", outside)
         serve(monkeypatch, http_reply(body), hashlib.md5(body).hexdigest())
         assert "cannot fetch http" in refused(capsys, "--data", "cifar10")
-        assert not list((tmp_path / "data").iterdir())
-    body = packed(tmp_path / "source")
+        assert not list((here / "data").iterdir())
+    body = packed(here / "source")
     md5 = hashlib.md5(body).hexdigest()
     serve(monkeypatch, http_reply(body), md5="0" * 32)
     rule = "cut short or changed; the download was deleted"
     assert f"has md5 {md5}, not {'0' * 32}: {rule}" in refused(capsys, "--data", "cifar10")
     serve(monkeypatch, http_reply(body[:-100], len(body)), md5)
     assert rule in refused(capsys, "--data", "cifar10")
-    assert not list((tmp_path / "data").iterdir())
+    assert not list((here / "data").iterdir())
     serve(monkeypatch, http_reply(body), md5)
     folder = moe_vision.download("cifar10")
-    files = {file.name for file in folder.iterdir()}
-    assert files == {"data_batch_1.bin", "test_batch.bin"}
-    assert {file.name for file in tmp_path.iterdir()} == {"data", "source"}
-    assert [file.name for file in (tmp_path / "data").iterdir()] == ["cifar10"]
+    assert {file.name for file in folder.iterdir()} == {"data_batch_1.bin", "test_batch.bin"}
+    assert {file.name for file in here.iterdir()} == {"data", "source"}
+    assert [file.name for file in (here / "data").iterdir()] == ["cifar10"]
     serve(monkeypatch, b"not fetched again", md5)
     assert moe_vision.download("cifar10") == folder
     assert run(*SMALL, "--data", "cifar10", "--out", "run") == 0
 
 
-def test_a_download_that_stalls_or_breaks_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_download_that_stalls_or_breaks_is_one_line(here, capsys, monkeypatch):
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     for reply in b"no HTTP at all\r\n", head + b"ffff\r\ncut", head + b"zz\r\n":
         serve(monkeypatch, reply, "0" * 32)
@@ -1948,7 +1952,7 @@ def test_a_download_that_stalls_or_breaks_is_one_line(tmp_path, capsys, monkeypa
     serve(monkeypatch, None, "0" * 32)
     with at_most(10):
         assert "timed out" in refused(capsys, "--data", "cifar10")
-    assert not list((tmp_path / "data").iterdir())
+    assert not list((here / "data").iterdir())
 
 
 def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
@@ -1987,9 +1991,7 @@ def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
 
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("router", ["dense", "expert_choice", "soft"])
-def test_gflops_are_the_forward_products_of_one_image_and_active_parameters_those_a_token_meets(
-    router, shared
-):
+def test_gflops_count_one_images_products_and_active_parameters_what_a_token_meets(router, shared):
     b = built("--router", router, "--top-k", "3", "--shared", shared)
     D, H, T, E, K, out = 16, 32, 16, 4, 3, 18
     block = T * D * 3 * D + 2 * T * T * D + T * D * D  # qkv, two attention products, projection
@@ -2094,9 +2096,7 @@ def test_a_router_option_named_like_another_flag_is_refused(capsys, monkeypatch)
     assert "router option temperature has the name of another flag" in said
 
 
-def test_a_compiled_run_tells_its_first_step_apart_and_says_that_dropless_costs_every_slot(
-    tmp_path, monkeypatch, album, capsys
-):
+def test_a_compiled_run_tells_its_first_step_apart(tmp_path, monkeypatch, album, capsys):
     compiled, whole = torch.compile, []
 
     def eagerly(module, fullgraph):
@@ -2184,9 +2184,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_and_the_balance_weight_its
     assert told[0][:3] == pytest.approx(told[2][:3]) and abs(told[0][3] - told[2][3]) > 1e-4
 
 
-def test_an_evaluation_tells_the_load_of_the_whole_split_and_float64_draws_the_same_images(
-    monkeypatch,
-):
+def test_an_evaluation_tells_the_load_of_the_whole_split(monkeypatch):
     b = built("--router", "token_choice", "--noise-std", "0")
     drawn = b.data.draw(64, moe_vision.TRAINED, "x")
     batches, load = [], 0
@@ -2196,7 +2194,10 @@ def test_an_evaluation_tells_the_load_of_the_whole_split_and_float64_draws_the_s
     monkeypatch.setattr(b.data, "split", lambda name: iter(batches))
     told = train.evaluate(b.settings, b.data, b.model, "test")["blocks"]
     assert told[1]["load"] == pytest.approx(float(load.max() * 4)) and len(told) == 1
-    single, double = b.data.batch(0), built("--dtype", "float64").data.batch(0)
+
+
+def test_float64_draws_the_same_images():
+    single, double = built().data.batch(0), built("--dtype", "float64").data.batch(0)
     assert double["image"].dtype == torch.float64
     assert torch.allclose(single["image"].double(), double["image"], atol=1e-4)
 
@@ -2284,13 +2285,6 @@ def test_labels_that_do_not_fit_the_model_are_refused_before_the_training(capsys
     monkeypatch.setattr(train, "train_step", None)
     said = refused(capsys, *SMALL, "--data", "mine")
     assert re.search("labels of 5 tokens .*do not fit a routing of 4", said)
-
-
-def test_an_evaluation_shows_that_it_goes_on(tmp_path, capsys, album):
-    assert run(*SMALL, "--data", album, "--out", tmp_path / "run") == 0
-    said = capsys.readouterr().err
-    for words in "evaluating on validation", "evaluating on test", "examining experts":
-        assert words in said
 
 
 # ================================================================ moe_tokens.py
@@ -2563,10 +2557,7 @@ def test_nanogpt_files_are_mapped_trained_on_and_say_their_vocabulary(tmp_path, 
 WRONG_TEXT = [(flags, "--allow-leak runs it all the same") for flags in LEAKY]
 WRONG_TEXT += [
     ("--router expert_choice --unit sequence", "--unit sequence needs a dropless router"),
-    (
-        "--router token_choice --capacity-factor 1 --unit sequence",
-        "--unit sequence needs a dropless router",
-    ),
+    ("--router token_choice --capacity-factor 1 --unit sequence", "needs a dropless router"),
     ("--data", "expected at least one argument"),
     ("--router token_choice --unit sequence --prefix 17", "--prefix must be at most --context 16"),
     ("--router dense --data nowhere", "nowhere does not exist"),
@@ -2584,7 +2575,6 @@ WRONG_TEXT += [
     ("--router dense --data pipe", "pipe holds no text"),
     ("--router dense --data pipes", "must hold tokens of two bytes each, got 0 bytes"),
     ("--router dense --batch-size 4000", "--batch-size 4000 is larger than the data"),
-    ("--router dense --heads 3", "--heads must divide --dim"),
     ("--router dense --vocab-size 255", "--vocab-size must be at least 256 for text"),
     ("--router dense --patch 4", "--patch is no setting of --task tokens"),
 ]
@@ -2940,49 +2930,6 @@ def test_a_table_says_only_what_its_rows_bear_out(shelf, tmp_path, monkeypatch):
     assert "balance switch" in causal["recipe"] and "capacity_factor none" in causal["recipe"]
 
 
-WRONG_GRIDS = [
-    ("--router soft --seed 0 1 --priority gate", "--priority is no option of --router soft"),
-    ("--router dense soft --prefix 4", "--prefix is no setting of --task vision"),
-    ("word --seed 0 1", "unrecognized arguments: word"),
-    ("--seed 0 1 --nonsense 3", "unrecognized arguments: --nonsense 3"),
-    (
-        "--router token_choice soft --noise-std banana",
-        "--noise-std: invalid number value: 'banana'",
-    ),
-    ("--router token_choice soft --noise-std 0 -1", "must be a number >= 0, got -1"),
-    ("--seed 0 1 --steps 0", "must be a whole number >= 1, got 0"),
-    ("--experts 2 4 --router token_choice --top-k 3", "top_k must be at most num_experts=2"),
-    ("--seed 0 1 --heads 3", "--heads must divide --dim"),
-    ("--router all --heads 3", "--heads must divide --dim"),
-    ("--router all --temperature 1", "--temperature is for --sample or --bench"),
-    ("--router all --prompt x", "--prompt is for --sample or --bench"),
-    ("--seed 0 1 --router-lr 2 --router soft dense", "--router-lr is for routers with a gate"),
-    ("--out y z", "--out takes one value, got 2"),
-    ("--seed 0 1 --device cpu auto", "--device takes one value, got 2"),
-    ("--seed 0 1 --log-every 1 2", "--log-every takes one value, got 2"),
-    ("--seed 0 1 --save-every 1 2", "--save-every takes one value, got 2"),
-    ("--task vision tokens", "--task takes one value, got 2"),
-    ("--seed 0 1 --out file", "file"),
-    ("--eval x --router all", "--eval takes one value for each flag, and one router"),
-    ("--table x --seed 0 1", "--table takes one value for each flag, and one router"),
-    ("--resume x --seed 0 1", "--resume takes one value for each flag, and one router"),
-    ("--sample x --seed 0 1", "--sample takes one value for each flag, and one router"),
-]
-
-
-@pytest.mark.parametrize("flags, rule", WRONG_GRIDS)
-def test_a_grid_refuses_what_a_run_refuses_and_what_no_run_of_it_uses(
-    flags, rule, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    words = flags.split()
-    if words[0].startswith("--"):
-        words = [*SMALL, *words]
-    assert rule in refused(capsys, *words)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_all_routers_leave_out_those_that_cannot_and_compare_with_both_dense_models(
     shelf, tmp_path, capsys
 ):
@@ -3052,7 +2999,7 @@ def test_a_run_that_is_killed_and_resumed_three_times_ends_as_one_unbroken(
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL and not (b / "summary.json").exists()
-        checkpoint = torch.load(b / "checkpoint.pt", weights_only=True)
+        checkpoint = checkpoint_of(b)
         ends.append((checkpoint["step"], lines_in(b), checkpoint["model"]["embed.weight"]))
         with open(b / "metrics.jsonl", "ab") as file:
             file.write(b'{"step": 39, "lo')  # as if it had died in the middle of a line
@@ -3061,7 +3008,7 @@ def test_a_run_that_is_killed_and_resumed_three_times_ends_as_one_unbroken(
     assert run("--resume", b) == 0
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     assert same_weights(a, b)
-    checkpoint = torch.load(b / "checkpoint.pt", weights_only=True)
+    checkpoint = checkpoint_of(b)
     assert checkpoint["step"] == 40 and checkpoint["metrics_end"] > 0
 
 
@@ -3128,7 +3075,7 @@ def test_a_signal_in_the_last_step_ends_the_run_and_the_grid(tmp_path, monkeypat
         assert run(*flags) == 143
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert not (folder / "summary.json").exists() and not (tmp_path / "results.md").exists()
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert checkpoint_of(folder)["step"] == 3
     assert run(*flags) == 0 and (folder / "summary.json").exists()
 
 
@@ -3148,7 +3095,7 @@ def test_a_run_that_diverges_stops_at_its_last_good_checkpoint(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     told = r"diverged at step \d: loss nan, gradient norm nan; per block .*load.*; "
     match = re.search(told + r"the checkpoint of step (\d) in", said)
-    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    saved = checkpoint_of(tmp_path / "run")
     assert match and saved["step"] == int(match[1]) > 0
     assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
     assert run("--resume", tmp_path / "run") == 0
@@ -3167,7 +3114,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, capsys, m
     flags = [*common, "--steps", 9, "--save-every", 2]
     assert run(*flags, "--out", tmp_path / "two") == 1
     assert "the checkpoint of step 2 in" in capsys.readouterr().err
-    saved = torch.load(tmp_path / "two/checkpoint.pt", weights_only=True)
+    saved = checkpoint_of(tmp_path / "two")
     assert saved["step"] == 2 and torch.isfinite(saved["model"]["head.weight"]).all()
 
 
@@ -3404,8 +3351,8 @@ def test_two_processes_take_the_steps_of_one_and_would_not_without_synchronised_
         assert run(*common, *more, "--out", tmp_path / f"one {name}") == 0
         one, two = losses_of(tmp_path / f"one {name}"), losses_of(tmp_path / f"two {name}")
         assert len(one) == 3 and one == pytest.approx(two, rel=1e-9), name
-        other = weights_of(tmp_path / f"two {name}")
-        for key, weight in weights_of(tmp_path / f"one {name}").items():
+        other = checkpoint_of(tmp_path / f"two {name}")["model"]
+        for key, weight in checkpoint_of(tmp_path / f"one {name}")["model"].items():
             torch.testing.assert_close(weight, other[key], rtol=1e-6, atol=1e-9)
     one, apart = losses_of(tmp_path / "one token_choice"), losses_of(tmp_path / "apart")
     assert max(abs(a - b) for a, b in zip(one, apart)) > 1e-6
