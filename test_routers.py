@@ -661,14 +661,15 @@ def test_slots_are_bought_from_one_budget(name, T, E, K, factor, tokens, experts
     same(router(x).load.double().sum(), 1.0, 1e-6)
 
 
-@pytest.mark.parametrize("factor", [1e9, 1e308])
 @pytest.mark.parametrize("name", HARD)
-def test_an_expert_never_gets_more_slots_than_a_group_has_tokens(name, factor):
+def test_an_expert_never_gets_more_slots_than_a_group_has_tokens(name):
     x = draw(2, 5, 4)
-    routing = layer(name, x, 3, top_k=2, capacity_factor=factor).router(x)
-    assert routing.index.shape == (2, 3, 5)
-    if name in TOKENS_CHOOSE:
-        assert bool((routing.counts() == 2).all())
+    want, _ = layer(name, x, 3, top_k=2, capacity_factor=3.0)(x)
+    for factor in 1e9, 1e308:
+        y, routing = layer(name, x, 3, top_k=2, capacity_factor=factor)(x)
+        assert routing.index.shape == (2, 3, 5) and torch.equal(y, want)
+        if name in TOKENS_CHOOSE:
+            assert bool((routing.counts() == 2).all())
 
 
 @each(LEARNED, combine_weights=BOTH)
@@ -718,9 +719,6 @@ def test_losses_are_those_that_the_router_offers_from_its_own_probabilities(name
     if "importance" in routing.losses:
         total = routing.gates.sum(1)  # of a group, 12 / 4 in the mean
         same(routing.losses["importance"], (total.var(1, correction=0) / 3**2).mean())
-    if "balance" in routing.losses:
-        f = F.one_hot(routing.expert_index[..., 0], 4).double().mean(1)
-        same(routing.losses["balance"], (4 * f * routing.gates.mean(1)).sum(1).mean())
 
 
 @each(top_k=[2], combine_weights=["plan"], capacity_factor=[1.0, None])
@@ -881,18 +879,17 @@ def test_the_balance_of_a_batch_lets_each_sequence_have_its_own_expert():
     same(balance_loss(gates.log(), index, scope="batch"), 0.85)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("name", knowing("balance_scope"))
-def test_a_router_balances_over_the_scope_that_it_is_told(name):
+def test_a_router_balances_over_the_scope_that_it_is_told_by_its_own_gates(name, top_k):
     x = draw(6, 9, 4)
     for scope in "group", "batch":
-        routing = layer(name, x, 4, top_k=2, balance_scope=scope).router(x)
-        f = torch.zeros(6, 4, dtype=torch.float64)
-        for g, t, k in itertools.product(range(6), range(9), range(2)):
-            f[g, routing.expert_index[g, t, k]] += 1 / 9
+        routing = layer(name, x, 4, top_k=top_k, balance_scope=scope).router(x)
+        f = F.one_hot(routing.expert_index, 4).double().sum(2).mean(1)  # [G, E]
         P = routing.gates.mean(1)
         if scope == "batch":
             f, P = f.mean(0, keepdim=True), P.mean(0, keepdim=True)
-        same(routing.losses["balance"], 2 * (f * P).sum(1).mean())
+        same(routing.losses["balance"], 4 / top_k * (f * P).sum(1).mean())
 
 
 def test_load_loss_equals_a_loop_over_tokens_and_experts_in_values_and_gradients():
@@ -1166,34 +1163,6 @@ def test_expert_thresholds_start_at_the_mean_quantile_and_then_run():
     same(router.threshold, first)
     router.update(routings[2:])
     same(router.threshold, 0.9 * first + 0.1 * quantile[2], 1e-8)  # that 0.1 is a float32
-
-
-def test_many_processes_enter_by_two_hooks_noise_and_mean(monkeypatch):
-    x = draw(2, 13, 3)
-    monkeypatch.setattr(routers, "draw_noise", torch.neg)
-    noisy = plain("token_choice", 3, noise_std=0.6, capacity_factor=None)(x)
-    same(noisy.mass().sum(-1), (x - 0.6 / 3 * x).softmax(-1).amax(-1))
-    asked = []
-
-    def elsewhere(value):  # as if the other processes brought the mean to this
-        asked.append(value.clone())
-        return torch.zeros_like(value) + torch.tensor([0.2, 0.3, 0.5])
-
-    monkeypatch.setattr(routers, "mean_over_processes", elsewhere)
-    for name in knowing("bias_rate"):
-        router = plain(name, 3, bias_rate=0.5, capacity_factor=None)
-        routing = router(x)
-        router.update([routing])
-        same(asked.pop(), routing.load)
-        same(router.bias, 0.5 * (float64([1, 1, -1]) - 1 / 3))
-    router = plain("expert_threshold", 3)
-    router.update([router(x)])
-    same(router.threshold, [0.2, 0.3, 0.5], 1e-7)
-    gates = x.softmax(-1)
-    asked.clear()
-    loss = balance_loss(x, top(x, 1, -1), scope="batch")
-    same(asked[0].flatten(), F.one_hot(x.argmax(-1), 3).double().mean((0, 1)))
-    same(loss, 3 * (gates.mean((0, 1)) * float64([0.2, 0.3, 0.5])).sum(), 1e-7)
 
 
 def test_a_hash_is_balanced_over_each_run_of_keys_and_reads_unknown_keys_and_positions():
@@ -2156,19 +2125,6 @@ def test_no_decay_on_norms_biases_positions_and_routers_which_have_a_rate_of_the
     assert rates == [rates[0], rates[0], 0.25 * rates[0]] and rates[0] > 0
 
 
-def test_the_router_rate_moves_the_routers_alone(album):
-    moved = []
-    for factor in 1, 0.5:
-        words = ["--router", "token_choice", "--data", album, "--router-lr", factor]
-        b = built(*words, "--noise-std", 0, "--dtype", "float64")
-        before = {name: p.detach().clone() for name, p in b.model.named_parameters()}
-        step_of(b, 0)
-        moved.append({name: p - before[name] for name, p in b.model.named_parameters()})
-    for name, move in moved[0].items():
-        factor = 0.5 if ".router." in name else 1.0
-        torch.testing.assert_close(moved[1][name], factor * move, rtol=1e-9, atol=1e-12)
-
-
 def test_a_batch_in_parts_takes_the_step_of_the_whole_and_the_balance_weight_its_gradient(album):
     moved, told = [], []
     for parts, weight in ("1", "0.5"), ("4", "0.5"), ("1", "0"):
@@ -2562,6 +2518,7 @@ WRONG_TEXT += [
     ("--router token_choice --unit sequence --prefix 17", "--prefix must be at most --context 16"),
     ("--router dense --data nowhere", "nowhere does not exist"),
     ("--router token_choice --prefix 3", "--pool and --prefix are for --unit sequence"),
+    ("--router hash --unit sequence --prefix 4", "--pool and --prefix are for --unit sequence"),
     ("--router dense --score-from 17", "--score-from must be at most --context 16, got 17"),
     ("--router dense --scope global", "are for routers; --router dense has none"),
     ("--router token_choice --hash-key topic", "--hash-key is for --router hash"),
@@ -2940,13 +2897,6 @@ def test_all_routers_leave_out_those_that_cannot_and_compare_with_both_dense_mod
     assert "no finished run" in refused(capsys, "--table", tmp_path)
 
 
-def test_what_means_nothing_beside_the_others_is_known_by_name():
-    assert "renormalize" in train.unused({"router": "soft", "renormalize": False})
-    said = {"task": "tokens", "router": "hash", "unit": "sequence", "prefix": 4}
-    assert list(train.unused(said)) == ["prefix"]
-    assert train.unused({"router": "token_choice", "noise_std": 1.0, "router_lr": 2.0}) == {}
-
-
 # ================================================================ runs that survive
 LONG = ["--steps", "40", "--save-every", "7", "--log-every", "1"]
 CHAINS = [
@@ -3259,15 +3209,10 @@ def test_absurd_sizes_get_one_line_quickly_and_take_no_memory(flags, shelf, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_huge_capacity_is_room_for_every_token(tmp_path, album):
-    for router in "token_choice", "expert_choice", "sigmoid", "expert_threshold":
-        outputs = []
-        for factor in "4", "1e9", "1e308":
-            b = built("--router", router, "--capacity-factor", factor, "--data", album)
-            outputs.append(b.model(b.data.batch(0)["image"])[0])
-        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+def test_a_huge_capacity_is_room_for_every_token_in_a_run_too(tmp_path, album):
     flags = ["--router", "token_choice", "--capacity-factor", 1e308, "--data", album]
-    assert run(*SMALL, *flags, "--out", tmp_path / "run") == 0
+    assert run(*SMALL, *flags, "--out", tmp_path) == 0
+    assert json_of(tmp_path / "summary.json")["test"]["blocks"]["1"]["dropped"] == 0
 
 
 # ================================================================ many processes
