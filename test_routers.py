@@ -254,77 +254,58 @@ def test_soft_fills_the_tensors_as_worked_out_by_hand():
 
 
 # ---------------------------------------------------------------- every router again, as slow loops
-# One group: logits[t][e], scores and gates are nested lists of scalars, so that autograd runs
-# through the loops. What comes back is slots[e][c], each a {token: (dispatch, combine)}.
-def number(value):
-    return value.item() if torch.is_tensor(value) else value
-
-
+# One group: tokens x [T, D], logits, scores and gates [T, E], through which gradients run. What
+# comes back is slots[e][c], each a {token: (dispatch, combine)}.
 def best(values, k=None):
     """The places of the k largest, falling; sorted() leaves equals in order."""
-    falling = [-number(value) for value in values]
-    return sorted(range(len(values)), key=falling.__getitem__)[:k]
+    falling = (-values).tolist()
+    return sorted(range(len(falling)), key=falling.__getitem__)[:k]
 
 
-def slow_dot(one, other):
-    return sum(a * b for a, b in zip(one, other))
-
-
-def slow_softmax(row):
-    total = sum(value.exp() for value in row)
-    return [value.exp() / total for value in row]
+def slow_softmax(logits):
+    return logits.exp() / logits.exp().sum(1, keepdim=True)
 
 
 def slow_sinkhorn(logits, iterations):
     """The paper's form: scale columns, then rows, of exp(logits), as long as that is finite."""
-    kernel = [[value.exp() for value in row] for row in logits]
-    T, E = len(logits), len(logits[0])
-    u = [1] * T
+    kernel, (T, E) = logits.exp(), logits.shape
+    u = torch.ones(T, dtype=torch.float64)
     for _ in range(iterations):
-        v = [T / E / slow_dot(column, u) for column in zip(*kernel)]
-        u = [1 / slow_dot(row, v) for row in kernel]
-    plan = []
-    for t in range(T):
-        plan.append([u[t] * kernel[t][e] * v[e] for e in range(E)])
-    return plan
+        v = T / E / (u @ kernel)
+        u = 1 / (kernel @ v)
+    return u[:, None] * kernel * v
 
 
 def slow_project(column, k):
     largest = best(column, k)
     for size in range(len(largest), 0, -1):  # the widest support in which everyone stays above zero
-        over = (sum(column[i] for i in largest[:size]) - 1) / size
+        over = (column[largest[:size]].sum() - 1) / size
         if column[largest[size - 1]] > over:
             break
-    projected = [0.0] * len(column)
+    projected = torch.zeros_like(column)
     for i in largest[:size]:
         projected[i] = column[i] - over
     return projected
 
 
 def slow_sparse(gates, k, mass, iterations):
-    """A plan whose columns have that mass.
-
-    torch's Adam moves the prices along the slope of the semi-dual: row sums less their target.
-    """
-    T, E = len(gates), len(gates[0])
+    """A plan whose columns have that mass: torch's Adam moves a price for each row by its error."""
+    T, E = gates.shape
     price = torch.zeros(T, dtype=torch.float64)
     adam = torch.optim.Adam([price], lr=1e-2)
 
-    def plan(price, gates):
+    def plan(gates):
         columns = []
-        for column in zip(*gates):
-            priced = [(price[t] + column[t]) / mass for t in range(T)]
-            columns.append([mass * part for part in slow_project(priced, k)])
-        return list(zip(*columns))
+        for column in gates.T:
+            columns.append(mass * slow_project((price + column) / mass, k))
+        return torch.stack(columns, 1)
 
-    values = [[number(gate) for gate in row] for row in gates]
     for _ in range(iterations):
-        rows = [sum(row) for row in plan(price.tolist(), values)]
-        price.grad = float64(rows) - mass * E / T
+        price.grad = plan(gates.detach()).sum(1) - mass * E / T
         adam.step()
         if price.grad.norm() <= 1e-3:
             break
-    return plan(price, gates)
+    return plan(gates)
 
 
 def slow_queue(line, num_experts, capacity):
@@ -344,24 +325,18 @@ def budget(router, tokens, times=1):
     return min(tokens, wanted)
 
 
-def slow_logits(router, x):
-    logits = []
-    for token in x:
-        logits.append([slow_dot(token, weight) for weight in router.gate.weight])
-    return logits
-
-
-def slow_scores(router, name, logits):
+def slow_scores(router, name, x):
     """What decides, and what weighs."""
-    o, T, E = router.options, len(logits), len(logits[0])
+    logits, o = x @ router.gate.weight.T, router.options
+    T, E = logits.shape
     if name == "sigmoid":
-        gates = [[1 / (1 + (-value).exp()) for value in row] for row in logits]
+        gates = 1 / (1 + (-logits).exp())
         return gates, gates
-    decide = gates = [slow_softmax(row) for row in logits]
+    decide = gates = slow_softmax(logits)
     if name == "sparse_expert_choice":
         decide = slow_sparse(gates, budget(router, T), T / E, o.iterations)
     if name == "sparse_token_choice":  # tokens and experts exchanged: a token has mass 1
-        decide = list(zip(*slow_sparse(list(zip(*gates)), o.top_k, 1.0, o.iterations)))
+        decide = slow_sparse(gates.T, o.top_k, 1.0, o.iterations).T
     if name.startswith("sinkhorn"):
         decide = slow_sinkhorn(logits, o.iterations)
     plan_weighs = getattr(o, "combine_weights", "softmax") == "plan"
@@ -369,66 +344,60 @@ def slow_scores(router, name, logits):
 
 
 def slow_expert_choice(router, name, x, key):
-    decide, weigh = slow_scores(router, name, slow_logits(router, x))
-    slots = []
-    for e, column in enumerate(zip(*decide)):
-        taken = best(column, budget(router, len(x)))
-        slots.append([{t: (1.0, weigh[t][e])} for t in taken])
-    return slots
+    decide, weigh = slow_scores(router, name, x)
+    line = []
+    for e, column in enumerate(decide.T):
+        for t in best(column, budget(router, len(x))):
+            line.append((e, t, weigh[t, e]))
+    return slow_queue(line, router.num_experts, None)
 
 
 def slow_token_choice(router, name, x, key):
-    o, T, E, K = router.options, len(x), router.num_experts, router.options.top_k
-    decide, weigh = slow_scores(router, name, slow_logits(router, x))
-    bias = router.bias if o.bias_rate else [0] * E
-    order = best([max(row) for row in decide]) if o.priority == "gate" else range(T)
+    o, K = router.options, router.options.top_k
+    decide, weigh = slow_scores(router, name, x)
+    biased = decide + router.bias if o.bias_rate else decide
+    order = best(decide.amax(1)) if o.priority == "gate" else range(len(x))
     pairs = list(itertools.product(order, range(K)))
     if o.priority != "token":
         pairs.sort(key=lambda pair: pair[1])  # all first choices, then all second; tokens in order
     line = []
     for t, k in pairs:
-        picks = best([score + push for score, push in zip(decide[t], bias)], K)
+        picks = best(biased[t], K)
         total = 1
         if getattr(o, "renormalize", name == "sigmoid" and K > 1):
-            total = sum(weigh[t][e] for e in picks)
-        line.append((picks[k], t, weigh[t][picks[k]] / total))
-    return slow_queue(line, E, budget(router, T))
-
-
-def slow_unit(vector):
-    length = (slow_dot(vector, vector) + 1e-6).sqrt()
-    return [value / length for value in vector]
+            total = weigh[t, picks].sum()
+        line.append((picks[k], t, weigh[t, picks[k]] / total))
+    return slow_queue(line, router.num_experts, budget(router, len(x)))
 
 
 def slow_soft(router, name, x, key):
     D, E, C = router.phi.shape
-    directions = [slow_unit(direction) for direction in router.phi.flatten(1).T]  # E * C of them
-    logits = []
-    for token in x:
-        unit = slow_unit(token)
-        logits.append([router.scale * slow_dot(unit, direction) for direction in directions])
-    over_slots = [slow_softmax(row) for row in logits]
-    over_tokens = [slow_softmax(column) for column in zip(*logits)]
-    mixed = []
+    phi = router.phi.flatten(1)
+    x = x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt()
+    phi = phi / (phi.square().sum(0) + 1e-6).sqrt()
+    grown = (router.scale * x @ phi).exp()  # [T, E * C]
+    dispatch, combine = grown / grown.sum(0), grown / grown.sum(1, keepdim=True)
+    slots = [[] for _ in range(E)]
     for s in range(E * C):
-        mixed.append({t: (over_tokens[s][t], over_slots[t][s]) for t in range(len(x))})
-    return [mixed[e * C : (e + 1) * C] for e in range(E)]
+        slots[s // C].append({t: (dispatch[t, s], combine[t, s]) for t in range(len(x))})
+    return slots
 
 
 def slow_hash(router, name, x, key):
     K, E, line = router.options.top_k, router.num_experts, []
     for t, k in enumerate(key.tolist()):
         first = int(router.table[k]) if k < len(router.table) else k % E
-        line += [((first + choice) % E, t, 1 / K) for choice in range(K)]
+        for choice in range(K):
+            line.append(((first + choice) % E, t, 1 / K))
     return slow_queue(line, E, budget(router, len(x)))
 
 
 def slow_threshold(router, name, x, key):
     E, line = router.num_experts, []
-    for t, row in enumerate(slow_logits(router, x)):
-        for e, gate in enumerate(slow_softmax(row)):
-            if gate >= router.threshold[e]:
-                line.append((e, t, gate))
+    gates = slow_softmax(x @ router.gate.weight.T)
+    for t, e in itertools.product(range(len(x)), range(E)):
+        if gates[t, e] >= router.threshold[e]:
+            line.append((e, t, gates[t, e]))
     return slow_queue(line, E, budget(router, len(x), times=2))
 
 
@@ -482,7 +451,7 @@ def test_tensors_and_layer_equal_plain_loops_in_values_and_gradients(name, optio
                 enters = sum(weight * x[g, t] for t, (weight, _) in slot.items())
                 leaves = slow_expert(moe.experts, e, enters)
                 for t, (dispatch, combine) in slot.items():
-                    want[:, g, t, e, c] = float64([number(dispatch), number(combine)])
+                    want[0, g, t, e, c], want[1, g, t, e, c] = dispatch, combine
                     slow_y[g, t] = slow_y[g, t] + combine * leaves
     if E == 1:  # every plan is 1 but for rounding, so the order of its slots means nothing
         got, want = got.sum(-1), want.sum(-1)
