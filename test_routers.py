@@ -1416,9 +1416,9 @@ def test_weight_decay_is_to_spare_the_router_and_all_biases_by_name(name, option
 
 # ================================================================ train.py and moe_vision.py
 SMALL = """--dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --patch 8 --batch-size 8 --steps 3
-    --log-every 1""".split()
+    --log-every 1"""
 WORDS = """--task tokens --dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --context 16
-    --batch-size 4 --steps 3 --log-every 1 --vocab-size 320""".split()
+    --batch-size 4 --steps 3 --log-every 1 --vocab-size 320"""
 TINY = {name: task.SIZES["tiny"] for name, task in train.TASKS.items()}
 
 
@@ -1436,8 +1436,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def words_of(flags):
+    """A command line as its words; each text that starts with a flag is parted."""
+    words = []
+    for flag in map(str, flags):
+        words += flag.split() if flag.startswith("--") else [flag]
+    return words
+
+
 def run(*flags):
-    return train.main([str(flag) for flag in flags])
+    return train.main(words_of(flags))
 
 
 def refused(capsys, *flags):
@@ -1453,13 +1461,13 @@ def refused(capsys, *flags):
 
 def said_of(*words):
     """{setting: value}, what a command line of one run says."""
-    _, said = train.parse([str(word) for word in words])
+    _, said = train.parse(words_of(words))
     return {name: values[0] for name, values in said.items()}
 
 
 def built(*flags, small=SMALL):
     """The small run of these flags, not yet trained: settings, data, model, GFLOPs, optimizer."""
-    settings = train.settle(said_of(*small, *flags))
+    settings = train.settle(said_of(small, *flags))
     device = train.pick_device(settings)
     data = train.TASKS[settings.task].load(settings, device)
     model = train.build(settings, data, device)
@@ -1521,12 +1529,9 @@ def write_npz(path, **changed):
     return path
 
 
-def stored(path, **changed):
+def stored(path, flags="--batch-size 4"):
     """The images below a path."""
-    words = ["--data", path, "--batch-size", 4]
-    for name, value in changed.items():
-        words += [train.flag(name)] if value is True else [train.flag(name), value]
-    return moe_vision.Stored(train.filled(said_of(*words)), "cpu")
+    return moe_vision.Stored(train.filled(said_of(flags, "--data", path)), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -1568,8 +1573,8 @@ def hasty(monkeypatch):
 def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(here, capsys, hasty):
     a, b = here / "a", here / "b"
     for folder in a, b:
-        words = ["--router", "token_choice", "--capacity-factor", 1, "--balance", "vmoe"]
-        assert run(*SMALL, *words, "--noise-std", 1, "--out", folder) == 0
+        flags = "--router token_choice --capacity-factor 1 --balance vmoe --noise-std 1"
+        assert run(SMALL, flags, "--out", folder) == 0
     printed, progress = capsys.readouterr()
     printed = printed.splitlines()[1:-1]  # between the first line and the folder
     for words in "evaluating on validation", "evaluating on test", "examining experts":
@@ -1585,7 +1590,7 @@ def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(here, capsy
     assert run("--eval", b) == 0
     again = capsys.readouterr().out.splitlines()
     assert again == printed[-len(again) :] and len(again) > 4
-    first, second = built("--seed", "0"), built("--seed", "1")
+    first, second = built("--seed 0"), built("--seed 1")
     assert not torch.equal(first.data.batch(0)["image"], second.data.batch(0)["image"])
     assert not torch.equal(first.model.embed.weight, second.model.embed.weight)
 
@@ -1692,7 +1697,7 @@ def at_most(seconds):
 
 def refused_data(capsys, path):
     with at_most(10):
-        return refused(capsys, *SMALL, "--batch-size", 99, "--data", path)
+        return refused(capsys, SMALL, "--batch-size 99 --data", path)
 
 
 def test_broken_image_files_are_refused(here, capsys):
@@ -1748,12 +1753,12 @@ def test_cifar_files_are_read_whole_and_trained_on(fine, files, here):
     assert classes == (100 if fine else 10) and len(images) == 40 * (len(files) - 1)
     assert (images[:40].reshape(40, -1) == pixels).all()
     assert (labels[:40] == np.arange(40) % 7).all()
-    assert run(*SMALL, "--data", "data", "--out", "run") == 0
+    assert run(SMALL, "--data data --out run") == 0
 
 
 def test_stored_images_part_into_training_validation_test_and_the_few_shot_classes(tmp_path):
     write_cifar(tmp_path, count=200)
-    data = stored(tmp_path, few_shot=True)
+    data = stored(tmp_path, "--few-shot --batch-size 4")
     assert all((labels < 8).all() for _, labels in data.parts.values())
     assert list(data.few_shot_classes) == [8, 9]
     (_, support), (_, query) = data.probe(0)
@@ -1764,10 +1769,10 @@ def test_stored_images_part_into_training_validation_test_and_the_few_shot_class
     assert (parts["test"][0] == 9).all()
     assert not parts["train"][0].any() and not parts["validation"][0].any()
     with pytest.raises(ValueError, match="a fifth of the classes, at least 2; .* has 4 classes"):
-        stored(tmp_path / "x.npz", few_shot=True)
+        stored(tmp_path / "x.npz", "--few-shot --batch-size 4")
     write_cifar(tmp_path / "few")
     with pytest.raises(ValueError, match="more than 10 images of each held-out class"):
-        stored(tmp_path / "few", few_shot=True)
+        stored(tmp_path / "few", "--few-shot --batch-size 4")
     parts = stored(tmp_path).parts
     sizes = {name: len(labels) for name, (_, labels) in parts.items()}
     assert sizes == {"train": 180, "validation": 20, "test": 1}
@@ -1777,7 +1782,7 @@ def test_stored_images_part_into_training_validation_test_and_the_few_shot_class
 
 def test_an_epoch_of_stored_images_meets_each_once_cropped_or_flipped_on_its_own(tmp_path):
     write_cifar(tmp_path)
-    data = stored(tmp_path, batch_size=9)
+    data = stored(tmp_path, "--batch-size 9")
     images = data.parts["train"][0]
     data.parts["train"] = images, torch.arange(36)  # name each image by its number
     labels = torch.cat([data.batch(step)["label"] for step in range(4)])
@@ -1839,15 +1844,15 @@ def test_the_official_archive_is_fetched_once_and_unpacked_inside_its_folder(
     for outside in tarfile.TarInfo("../../escaped.bin"), link:
         body = packed(here / "source", outside)
         serve(monkeypatch, http_reply(body), hashlib.md5(body).hexdigest())
-        assert "cannot fetch http" in refused(capsys, "--data", "cifar10")
+        assert "cannot fetch http" in refused(capsys, "--data cifar10")
         assert not list((here / "data").iterdir())
     body = packed(here / "source")
     md5 = hashlib.md5(body).hexdigest()
     serve(monkeypatch, http_reply(body), md5="0" * 32)
     rule = "cut short or changed; the download was deleted"
-    assert f"has md5 {md5}, not {'0' * 32}: {rule}" in refused(capsys, "--data", "cifar10")
+    assert f"has md5 {md5}, not {'0' * 32}: {rule}" in refused(capsys, "--data cifar10")
     serve(monkeypatch, http_reply(body[:-100], len(body)), md5)
-    assert rule in refused(capsys, "--data", "cifar10")
+    assert rule in refused(capsys, "--data cifar10")
     assert not list((here / "data").iterdir())
     serve(monkeypatch, http_reply(body), md5)
     folder = moe_vision.download("cifar10")
@@ -1856,14 +1861,14 @@ def test_the_official_archive_is_fetched_once_and_unpacked_inside_its_folder(
     assert [file.name for file in (here / "data").iterdir()] == ["cifar10"]
     serve(monkeypatch, b"not fetched again", md5)
     assert moe_vision.download("cifar10") == folder
-    assert run(*SMALL, "--data", "cifar10", "--out", "run") == 0
+    assert run(SMALL, "--data cifar10 --out run") == 0
 
 
 def test_a_download_that_stalls_or_breaks_is_one_line(here, capsys, monkeypatch):
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     for reply in b"no HTTP at all\r\n", head + b"ffff\r\ncut", head + b"zz\r\n":
         serve(monkeypatch, reply, "0" * 32)
-        assert "cannot fetch http://127.0.0.1" in refused(capsys, "--data", "cifar10")
+        assert "cannot fetch http://127.0.0.1" in refused(capsys, "--data cifar10")
     urlopen = urllib.request.urlopen
 
     def hurried(url, timeout):
@@ -1873,12 +1878,12 @@ def test_a_download_that_stalls_or_breaks_is_one_line(here, capsys, monkeypatch)
     monkeypatch.setattr(urllib.request, "urlopen", hurried)
     serve(monkeypatch, None, "0" * 32)
     with at_most(10):
-        assert "timed out" in refused(capsys, "--data", "cifar10")
+        assert "timed out" in refused(capsys, "--data cifar10")
     assert not list((here / "data").iterdir())
 
 
 def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
-    settings = train.filled(said_of("--batch-size", 64, "--patch", 4))
+    settings = train.filled(said_of("--batch-size 64 --patch 4"))
     data = moe_vision.Drawn(settings, "cpu")
     batch = data.batch(3)
     shapes = {name: list(value.shape) for name, value in batch.items()}
@@ -1902,7 +1907,7 @@ def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
     part = data.batch(3, part=slice(10, 20))
     assert all(torch.equal(part[name], batch[name][10:20]) for name in batch)
     assert not torch.equal(batch["image"], data.batch(4)["image"])
-    double = built("--dtype", "float64", "--batch-size", 64, "--patch", 4).data.batch(3)["image"]
+    double = built("--dtype float64 --batch-size 64 --patch 4").data.batch(3)["image"]
     assert double.dtype == torch.float64 and torch.allclose(
         double.float(), batch["image"], atol=1e-4
     )
@@ -1919,7 +1924,7 @@ def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("router", ["dense", "expert_choice", "soft"])
 def test_gflops_count_one_images_products_and_active_parameters_what_a_token_meets(router, shared):
-    b = built("--router", router, "--top-k", "3", "--shared", shared)
+    b = built("--router", router, "--top-k 3 --shared", shared)
     D, H, T, E, K, out = 16, 32, 16, 4, 3, 18
     block = T * D * 3 * D + 2 * T * T * D + T * D * D  # qkv, two attention products, projection
     mixing = {"dense": 0, "expert_choice": T * D * E, "soft": 3 * T * D * K * T}[router]
@@ -1929,11 +1934,11 @@ def test_gflops_count_one_images_products_and_active_parameters_what_a_token_mee
     total, active = train.parameters(b.model, b.data)
     expert = 2 * D * H + D + H
     assert total - active == (0 if router == "dense" else (E - K) * expert)
-    alone = train.parameters(built("--router", router, "--top-k", "3").model, b.data)
+    alone = train.parameters(built("--router", router, "--top-k 3").model, b.data)
     # the shared experts have one output bias together, and in a dense FFN none of their own
     assert active - alone[1] == shared * (2 * D * H + H) + D * (shared > 0 and router != "dense")
     if router == "soft":  # 4 slots of an expert for 16 tokens are a quarter of its work
-        few = built("--router", "soft", "--top-k", "3", "--slots", "4")
+        few = built("--router soft --top-k 3 --slots 4")
         total, active = train.parameters(few.model, few.data)
         assert total - active == (E - 1) * expert
 
@@ -1941,7 +1946,7 @@ def test_gflops_count_one_images_products_and_active_parameters_what_a_token_mee
 @functools.cache
 def cost(*flags):
     """GFLOPs of a run, most of it at its defaults."""
-    return built(*flags, small=()).gflops
+    return built(*flags, small="--size tiny").gflops
 
 
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "expert_threshold"])
@@ -1950,7 +1955,7 @@ def test_every_router_pays_what_the_dense_model_of_its_active_experts_pays(task,
     size = TINY[task]
     data = ["--task", task]
     if task == "tokens":
-        data += ["--data", shelf, "--batch-size", 4, "--allow-leak"]
+        data += ["--data", shelf, "--batch-size 4 --allow-leak"]
     for more in (), ("--top-k", 2, "--shared", 1):
         top_k = train.settle(said_of("--router", router, *data, *more)).top_k
         T = (32 // size["patch"]) ** 2 if task == "vision" else size["context"]
@@ -1963,7 +1968,7 @@ def test_every_router_pays_what_the_dense_model_of_its_active_experts_pays(task,
 
 
 def test_patches_are_told_apart_by_kind_and_shape():
-    b = built("--head", "patch", "--router", "dense")
+    b = built("--head patch --router dense")
     batch = b.data.batch(0)
     shape, kind = batch["shape"][:, None], batch["kind"]
     truth = torch.where(kind == 0, 0, 1 + 2 * shape + kind - 1)
@@ -1987,7 +1992,7 @@ def test_patches_are_told_apart_by_kind_and_shape():
 
 def test_a_batch_is_one_group_if_so_asked(album):
     for router in "token_choice", "expert_choice":
-        b = built("--router", router, "--group", "batch", "--data", album, "--patch", 4)
+        b = built("--router", router, "--group batch --data", album, "--patch 4")
         (routing,) = b.model(b.data.batch(0)["image"])[1].values()
         assert list(routing.mass().shape) == [1, 8 * 16, 4]
         _, joints = train.specialisation(b.settings, b.data, b.model)
@@ -2008,7 +2013,7 @@ def test_statistics_of_a_routing_worked_out_by_hand():
 
 def test_a_router_option_named_like_another_flag_is_refused(capsys, monkeypatch):
     monkeypatch.setitem(train.OPTIONS, "temperature", 1.0)
-    said = refused(capsys, "--task", "tokens", "--router", "token_choice")
+    said = refused(capsys, "--task tokens --router token_choice")
     assert "router option temperature has the name of another flag" in said
 
 
@@ -2020,7 +2025,7 @@ def test_a_compiled_run_tells_its_first_step_apart(tmp_path, monkeypatch, album,
         return compiled(module, fullgraph=fullgraph, backend="eager")
 
     monkeypatch.setattr(torch, "compile", eagerly)
-    flags = [*SMALL, "--data", album, "--compile", "--router"]
+    flags = [SMALL, "--data", album, "--compile --router"]
     assert run(*flags, "expert_choice", "--out", tmp_path / "run") == 0
     assert "; compiled, " not in capsys.readouterr().out
     summary = json_of(tmp_path / "run/summary.json")
@@ -2029,14 +2034,14 @@ def test_a_compiled_run_tells_its_first_step_apart(tmp_path, monkeypatch, album,
     assert whole == [True] and 0 < left < summary["first_step_seconds"]
     rate = settings["batch_size"] * (settings["steps"] - 1) / left
     assert summary["images_per_second"] == pytest.approx(rate)
-    dropless = train.settle(said_of(*flags, "token_choice", "--capacity-factor", "none"))
+    dropless = train.settle(said_of(*flags, "token_choice", "--capacity-factor none"))
     assert "computes a slot for every token" in train.about(dropless, torch.device("cpu"))
 
 
 def test_a_bench_times_a_layer_against_its_bounds_in_the_type_asked_for(
     capsys, tmp_path, monkeypatch
 ):
-    flags = ["--bench", "--dim", 8, "--hidden", 16, "--tokens", 512, "--repeats", 1]
+    flags = "--bench --dim 8 --hidden 16 --tokens 512 --repeats 1"
     seen, timed = set(), train.timed
 
     def spied(b, call, x):
@@ -2046,18 +2051,18 @@ def test_a_bench_times_a_layer_against_its_bounds_in_the_type_asked_for(
     monkeypatch.setattr(train, "timed", spied)
     for dtype in "float32", "float64":
         seen.clear()
-        words = [*flags, "--router", "token_choice", "--dtype", dtype, "--out", tmp_path / "b.json"]
-        assert run(*words) == 0 and seen == {getattr(torch, dtype)}
+        words = "--router token_choice --dtype", dtype, "--out", tmp_path / "b.json"
+        assert run(flags, *words) == 0 and seen == {getattr(torch, dtype)}
         assert "| token_choice |" in capsys.readouterr().out
         (row,) = json_of(tmp_path / "b.json")
         assert set(row["ms"]) == {"layer", "dense", "bare experts", "tensor form", "matmul"}
         assert all(ms > 0 for ms in row["ms"].values())
     monkeypatch.setattr(train, "bench_router", None)  # nothing is timed before the file is open
-    assert "/nope" in refused(capsys, *flags, "--out", "/nope/x.json")
+    assert "/nope" in refused(capsys, flags, "--out /nope/x.json")
 
 
 def test_no_decay_on_norms_biases_positions_and_routers_which_have_a_rate_of_their_own():
-    b = built("--router", "token_choice", "--router-lr", "0.25", "--shared", 1)
+    b = built("--router token_choice --router-lr 0.25 --shared 1")
     decayed, spared, gates = (group["params"] for group in b.optimizer.param_groups)
     names = {id(parameter): name for name, parameter in b.model.named_parameters()}
     assert len(decayed) + len(spared) + len(gates) == len(names)
@@ -2074,10 +2079,9 @@ def test_no_decay_on_norms_biases_positions_and_routers_which_have_a_rate_of_the
 
 def test_a_batch_in_parts_takes_the_step_of_the_whole_and_the_balance_weight_its_gradient(album):
     moved, told = [], []
-    for parts, weight in ("1", "0.5"), ("4", "0.5"), ("1", "0"):
-        words = ["--noise-std", "0", "--balance", "switch", "--balance-weight", weight]
-        words += ["--grad-accum", parts, "--dtype", "float64", "--data", album]
-        b = built("--router", "token_choice", *words)
+    for parts, weight in (1, 0.5), (4, 0.5), (1, 0):
+        flags = f"--balance switch --balance-weight {weight} --grad-accum {parts} --dtype float64"
+        b = built("--router token_choice --noise-std 0", flags, "--data", album)
         stepped = step_of(b, 0)
         line = train.numbers(b.data.metrics(stepped.sums) | stepped.losses)
         moved.append(nn.utils.parameters_to_vector(b.model.parameters()).detach())
@@ -2088,7 +2092,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_and_the_balance_weight_its
 
 
 def test_an_evaluation_tells_the_load_of_the_whole_split(monkeypatch):
-    b = built("--router", "token_choice", "--noise-std", "0")
+    b = built("--router token_choice --noise-std 0")
     drawn = b.data.draw(64, moe_vision.TRAINED, "x")
     batches, load = [], 0
     for i in range(8):
@@ -2100,14 +2104,14 @@ def test_an_evaluation_tells_the_load_of_the_whole_split(monkeypatch):
 
 
 def test_hash_routes_by_the_place_in_the_image_also_where_a_batch_is_one_group(tmp_path):
-    b = built("--router", "hash")
-    together = built("--router", "hash", "--group", "batch").model
+    b = built("--router hash")
+    together = built("--router hash --group batch").model
     together.load_state_dict(b.model.state_dict())
     image = b.data.batch(0)["image"]
     assert torch.allclose(b.model(image)[0], together(image)[0], atol=1e-5)
     odd = np.zeros((20, 28, 28, 3), np.uint8)  # images of any size are shown
     data = write_npz(tmp_path / "x.npz", x_train=odd, x_test=odd)
-    assert run(*SMALL, "--patch", 4, "--data", data, "--out", tmp_path / "run") == 0
+    assert run(SMALL, "--patch 4 --data", data, "--out", tmp_path / "run") == 0
     assert "data:image/png;base64," in (tmp_path / "run/report.html").read_text()
 
 
@@ -2163,11 +2167,11 @@ class Mine(moe_vision.Images):
 
 def test_an_own_set_of_images_is_one_class_and_one_entry(here, capsys, monkeypatch):
     monkeypatch.setitem(moe_vision.DATASETS, "mine", Mine)
-    flags = [*SMALL, "--data", "mine", "--router", "token_choice", "--steps", 30, "--warmup", 0]
-    assert run(*flags, "--lr", 0.01, "--out", "run") == 0
+    flags = "--data mine --router token_choice --steps 30 --warmup 0 --lr 0.01 --out run"
+    assert run(SMALL, flags) == 0
     assert json_of(here / "run/summary.json")["test"]["top1"] == 100
     assert "two classes of noise" in (here / "run/report.html").read_text()
-    assert run("--eval", "run") == 0
+    assert run("--eval run") == 0
     labels = Mine.labels
 
     def one_too_many(self, batch, start):
@@ -2176,14 +2180,14 @@ def test_an_own_set_of_images_is_one_class_and_one_entry(here, capsys, monkeypat
 
     monkeypatch.setattr(Mine, "labels", one_too_many)
     monkeypatch.setattr(train, "train_step", None)  # refused before the training
-    said = refused(capsys, *SMALL, "--data", "mine")
+    said = refused(capsys, SMALL, "--data mine")
     assert re.search("labels of 5 tokens .*do not fit a routing of 4", said)
 
 
 # ================================================================ moe_tokens.py
 def gpt(shelf, *flags):
     """The small run of these flags in float64, and 3 sequences of tokens for it."""
-    b = built("--data", shelf, "--dtype", "float64", *flags, small=WORDS)
+    b = built("--data", shelf, "--dtype float64", *flags, small=WORDS)
     shape = 3, b.settings.context
     b.tokens = torch.randint(b.data.vocab_size, shape, generator=seeded("sequences"))
     return b
@@ -2223,7 +2227,7 @@ LEAKY = [
 
 @pytest.mark.parametrize("flags", AXES + LEAKY)
 def test_a_gpt_lets_no_later_token_nor_another_sequence_in_unless_it_says_so(flags, shelf):
-    b = gpt(shelf, *flags.split(), *["--allow-leak"] * (flags in LEAKY))
+    b = gpt(shelf, flags, *["--allow-leak"] * (flags in LEAKY))
     topic, moved = torch.tensor([0, 1, 2]), 0.0
     first, context = b.settings.score_from, b.settings.context
     b.model.train()
@@ -2240,7 +2244,7 @@ def test_a_gpt_lets_no_later_token_nor_another_sequence_in_unless_it_says_so(fla
 
 @pytest.mark.parametrize("flags", [flags for flags in AXES if "topic" not in flags])
 def test_what_is_offered_for_sampling_says_of_a_beginning_what_it_says_of_the_whole(flags, shelf):
-    b = gpt(shelf, *flags.split())
+    b = gpt(shelf, flags)
     start = b.settings.prefix if b.settings.unit == "sequence" else 1
     with torch.no_grad(), train.dropless(b.model):
         out = b.model(b.tokens)[0]
@@ -2251,7 +2255,7 @@ def test_what_is_offered_for_sampling_says_of_a_beginning_what_it_says_of_the_wh
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_sequence_as_a_whole_goes_to_the_experts_that_its_prefix_chooses(top_k, shared, shelf):
-    model = gpt(shelf, *BY_PREFIX.split(), "--top-k", top_k, "--shared", shared).model
+    model = gpt(shelf, BY_PREFIX, "--top-k", top_k, "--shared", shared).model
     moe, x = model.blocks[0].feed, draw(5, 16, 16)
     routing = model.route(moe, x, torch.zeros(5, 16, dtype=torch.long))
     y = moe(x.reshape(1, 5, -1), routing=routing)[0].view_as(x)
@@ -2271,7 +2275,7 @@ def test_shared_experts_count_in_gflops_and_active_parameters_also_of_whole_sequ
     for flags in BY_PREFIX, "--router token_choice", "--router hash":
         told = []
         for shared in 0, 2:
-            b = gpt(shelf, *flags.split(), "--shared", shared)
+            b = gpt(shelf, flags, "--shared", shared)
             told.append((b.gflops, *train.parameters(b.model, b.data)))
         flops, total, active = (after - before for before, after in zip(*told))
         blocks = 2
@@ -2280,7 +2284,7 @@ def test_shared_experts_count_in_gflops_and_active_parameters_also_of_whole_sequ
 
 
 def test_global_routing_is_one_object_of_one_router_in_all_blocks(shelf):
-    b = gpt(shelf, "--router", "token_choice", "--scope", "global")
+    b = gpt(shelf, "--router token_choice --scope global")
     routings = b.model(b.tokens)[1]
     first, second = b.model.moes()
     assert len(routings) == 2 and routings[0] is routings[1] and first.router is second.router
@@ -2290,8 +2294,7 @@ def test_global_routing_is_one_object_of_one_router_in_all_blocks(shelf):
 
 def test_frozen_routers_stand_still_and_random_ones_change_each_step_but_not_in_evaluation(shelf):
     for weights, moves in ("learned", True), ("frozen", False), ("random", False):
-        words = ["--router", "token_choice", "--router-weights", weights, "--lr", "0.01"]
-        b = gpt(shelf, *words)
+        b = gpt(shelf, "--router token_choice --lr 0.01 --router-weights", weights)
         router, gates, embedded = b.model.blocks[0].feed.router, [], b.model.embed.weight.clone()
         first = router.gate.weight.clone()
         for step in range(2):
@@ -2305,8 +2308,8 @@ def test_frozen_routers_stand_still_and_random_ones_change_each_step_but_not_in_
 
 
 def test_a_gpt_starts_at_the_log_of_its_vocabulary_and_learns_a_batch_by_heart(shelf):
-    words = "--router token_choice --lr 0.01 --steps 200 --dim 32".split()
-    b = built("--data", shelf, *words, small=WORDS)
+    words = "--router token_choice --lr 0.01 --steps 200 --dim 32"
+    b = built(words, "--data", shelf, small=WORDS)
     batch = b.data.batch(0)
     loss, log = b.data.loss(b.model, batch)[0].item(), math.log(b.data.vocab_size)
     assert abs(loss / log - 1) < 0.02
@@ -2348,7 +2351,7 @@ def test_lexemes_are_short_and_read_in_linear_time_whatever_the_text(tmp_path):
     for i in range(20):
         lines = ["".join(g.choices(characters, k=200)) for _ in range(20)]
         (tmp_path / f"{i}.txt").write_text("。\n".join(lines))
-    data = built("--data", tmp_path, small=[*WORDS, "--router", "dense", "--vocab-size", 1000]).data
+    data = built("--router dense --vocab-size 1000 --data", tmp_path, small=WORDS).data
     mean = {}
     for part, (tokens, *_) in data.parts.items():
         mean[part] = float(data.bytes_of[torch.from_numpy(tokens)].double().mean())
@@ -2356,8 +2359,8 @@ def test_lexemes_are_short_and_read_in_linear_time_whatever_the_text(tmp_path):
 
 
 def test_the_standard_library_has_topics_in_both_parts_and_enough_bytes_a_token():
-    words = "--task tokens --router token_choice --vocab-size 4096 --context 128".split()
-    library = moe_tokens.Text(train.settle(said_of(*words)), "cpu")
+    words = "--task tokens --router token_choice --vocab-size 4096 --context 128"
+    library = moe_tokens.Text(train.settle(said_of(words)), "cpu")
     documents = moe_tokens.read_documents(None)
     long = collections.Counter(topic for topic, _, raw in documents if len(raw) > 999)
     common = {topic for topic in long if long[topic] > 3}
@@ -2386,7 +2389,7 @@ def test_text_sees_enough_tokens_for_every_active_parameter():
 
     known.build = build
     for name in "dense", "token_choice", "sigmoid", "hash":
-        settings = train.settle(said_of("--task", "tokens", "--router", name))
+        settings = train.settle(said_of("--task tokens --router", name))
         model = train.build(settings, known, known.device)
         _, active = train.parameters(model, known)
         tokens = settings.steps * settings.batch_size * settings.context
@@ -2403,7 +2406,7 @@ def test_blocks_lie_within_documents_which_are_divided_by_topic(shelf):
     assert counts == {"de": 4, "en": 4, "it": 4}
     halves = moe_tokens.divide([("", "x", b"12345678" + "äü".encode())])
     assert halves == ([("", "x", "12345678ä".encode())], [("", "x", "ü".encode())])
-    data = gpt(shelf, "--router", "dense", "--score-from", "5").data
+    data = gpt(shelf, "--router dense --score-from 5").data
     for part, chosen in ("train", kept), ("validation", held):
         rows = np.arange(len(data.parts[part][1]))
         batch = data.ready(part, rows)
@@ -2430,20 +2433,20 @@ def write_bins(folder, modulus, count=1000):
     return folder
 
 
-def test_nanogpt_files_are_mapped_trained_on_and_say_their_vocabulary(tmp_path, capsys):
-    flags = [*WORDS[:-2], "--router", "token_choice", "--data", write_bins(tmp_path / "bins", 50)]
-    assert run(*flags, "--vocab-size", 50, "--out", tmp_path / "run") == 0
+def test_nanogpt_files_are_mapped_trained_on_and_say_their_vocabulary(here, capsys):
+    words = WORDS.removesuffix("--vocab-size 320") + "--router token_choice"
+    flags = "--data", write_bins(here / "bins", 50)
+    assert run(words, *flags, "--vocab-size 50 --out run") == 0
     said = capsys.readouterr().out
     assert "perplexity" in said and "bits/byte" not in said  # no tokenizer counts bytes
-    data = built("--vocab-size", 50, small=flags).data
+    data = built("--vocab-size 50", *flags, small=words).data
     batch = data.batch(0)
     assert torch.equal((batch["input"] + 1) % 50, batch["label"]) and data.vocab_size == 50
     assert isinstance(data.parts["train"][0], np.memmap)
-    said = refused(capsys, "--sample", tmp_path / "run", "--prompt", "x")
-    assert "without a tokenizer writes no text" in said
+    assert "without a tokenizer writes no text" in refused(capsys, "--sample run --prompt x")
     for modulus, vocabulary in (50, 64), (64, 64), (65, 128):  # rounded up
-        write_bins(tmp_path / "bins", modulus)
-        b = built(small=flags)
+        write_bins(here / "bins", modulus)
+        b = built(*flags, small=words)
         assert b.data.vocab_size == len(b.model.embed.weight) == vocabulary
 
 
@@ -2488,15 +2491,14 @@ def test_a_wrong_text_or_axis_gets_one_line(flags, rule, here, capsys):
     (here / "latin.txt").write_bytes(b"na\xefve " * 400)
     os.mkfifo("pipe")
     os.mkfifo("pipes/train.bin")
-    data = [] if "--data" in flags else ["--data", "one.txt"]
+    data = [] if "--data" in flags else ["--data one.txt"]
     with at_most(10):
-        assert rule in refused(capsys, *WORDS, *data, *flags.split())
+        assert rule in refused(capsys, WORDS, *data, flags)
     assert not (here / "runs").exists()
 
 
 def test_a_leak_is_marked_on_every_line_and_vanishes_when_the_model_generates(shelf, here, capsys):
-    flags = ["--data", shelf, "--router", "expert_choice", "--allow-leak", "--out", "run"]
-    assert run(*WORDS, *flags) == 0
+    assert run(WORDS, "--data", shelf, "--router expert_choice --allow-leak --out run") == 0
     said = capsys.readouterr().out
     assert "router expert_choice (leaky)" in said and "| expert_choice (leaky) |" in said
     assert all(line["remark"] == "leaky" for line in lines_of(here / "run"))
@@ -2516,29 +2518,29 @@ def test_a_leak_is_marked_on_every_line_and_vanishes_when_the_model_generates(sh
 
 
 def test_a_finished_run_writes_on_from_a_prompt_or_says_why_not(shelf, album, here, capsys):
-    common, whole = [*WORDS, "--data", shelf, "--router"], ["token_choice", "--unit", "sequence"]
-    assert run(*common, "expert_threshold", "--out", "a") == 0
-    assert run(*common, *whole, "--prefix", 8, "--out", "b") == 0
-    assert run(*common, "hash", "--hash-key", "topic", "--out", "c") == 0
-    assert run(*common, *whole, "--pool", "mean", "--allow-leak", "--out", "d") == 0
-    assert run(*SMALL, "--data", album, "--out", "e") == 0
+    data, whole = ("--data", shelf), "--router token_choice --unit sequence"
+    assert run(WORDS, *data, "--router expert_threshold --out a") == 0
+    assert run(WORDS, *data, whole, "--prefix 8 --out b") == 0
+    assert run(WORDS, *data, "--router hash --hash-key topic --out c") == 0
+    assert run(WORDS, *data, whole, "--pool mean --allow-leak --out d") == 0
+    assert run(SMALL, "--data", album, "--out e") == 0
     assert json_of(here / "a/tokenizer.json")
     capsys.readouterr()
-    texts, words = [], ["--prompt", "the cat", "--max-new-tokens", 30]
-    for extra in ["--temperature", 0], ["--temperature", 0], ["--seed", 1], ["--seed", 2]:
-        assert run("--sample", "a", *words, *extra) == 0
+    texts = []
+    for extra in "--temperature 0", "--temperature 0", "--seed 1", "--seed 2":
+        assert run("--sample a --max-new-tokens 30", extra, "--prompt", "the cat") == 0
         texts.append(capsys.readouterr().out)
         assert texts[-1].startswith("the cat") and "sampled dropless" in texts[-1]
     assert texts[0] == texts[1] and texts[2] != texts[3]
-    assert run("--sample", "b", "--prompt", "the cat sat on a mat and it") == 0
-    assert "--prompt is empty" in refused(capsys, "--sample", "a", "--prompt", "")
+    assert run("--sample b --prompt", "the cat sat on a mat and it") == 0
+    assert "--prompt is empty" in refused(capsys, "--sample a --prompt", "")
     for folder, rule in [
         ("b", "routes by the first 8 tokens; --prompt has only 3"),
         ("c", "a prompt has none"),
         ("d", "the mean of a whole sequence"),
         ("e", "a run of --task vision without a tokenizer"),
     ]:
-        assert rule in refused(capsys, "--sample", folder, "--prompt", "the")
+        assert rule in refused(capsys, "--sample", folder, "--prompt the")
 
 
 def test_sampling_keeps_to_the_likeliest_tokens():
@@ -2607,7 +2609,7 @@ KNOWING = [("--router hash --hash-key topic", "topic"), ("--router hash", "token
 def test_experts_of_a_topic_know_it_and_those_of_a_token_its_class(
     flags, name, shelf, here, capsys
 ):
-    assert run(*WORDS, "--data", shelf, *flags.split(), "--out", "run") == 0
+    assert run(WORDS, "--data", shelf, flags, "--out run") == 0
     summary = json_of(here / "run/summary.json")
     value, mean, bound = summary["specialisation"]["0"][name]
     assert value > bound > mean and (name != "topic" or value == pytest.approx(1))
@@ -2660,8 +2662,8 @@ def test_a_report_page_of_images_holds_the_summary_curves_maps_and_patches(
         return told
 
     monkeypatch.setattr(train, "statistics", more)
-    flags = ["--router", "token_choice", "--capacity-factor", 0.5, "--steps", 4]
-    assert run(*SMALL, *flags, "--out", tmp_path) == 0
+    flags = "--router token_choice --capacity-factor 0.5 --steps 4"
+    assert run(SMALL, flags, "--out", tmp_path) == 0
     page = Page(tmp_path / "report.html")
     assert page.is_whole()
     summary = json_of(tmp_path / "summary.json")
@@ -2686,7 +2688,7 @@ def test_a_report_page_of_images_holds_the_summary_curves_maps_and_patches(
 
 
 def test_a_report_page_of_text_colours_it_by_experts_that_its_legend_numbers(shelf, tmp_path):
-    assert run(*WORDS, "--data", shelf, "--router", "token_choice", "--out", tmp_path) == 0
+    assert run(WORDS, "--data", shelf, "--router token_choice --out", tmp_path) == 0
     page = Page(tmp_path / "report.html")
     assert page.is_whole() and "<h3>block 1</h3>" in page.text and page.text.count("<span") > 20
     for e in range(4):
@@ -2723,8 +2725,8 @@ def test_heat_maps_curves_and_pictures_show_what_they_are_given():
 
 # ================================================================ grids and tables
 def test_a_grid_drops_what_a_router_ignores_and_keeps_finished_runs(tmp_path, capsys, album):
-    grid = [*SMALL, "--data", album, "--router", "dense", "token_choice", "soft"]
-    grid += ["--priority", "choice", "gate", "--seed", "0", "1", "--out", tmp_path]
+    grid = [SMALL, "--data", album, "--router dense token_choice soft"]
+    grid += ["--priority choice gate --seed 0 1 --out", tmp_path]
     assert run(*grid) == 0
     names = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir() if path.is_dir())
     expected = ["dense-seed_0", "dense-seed_1", "soft-seed_0", "soft-seed_1"]
@@ -2760,7 +2762,7 @@ DAMAGES = [  # what stands in a file of one run, None: the file is gone
 
 
 def test_a_table_keeps_the_whole_runs_and_names_those_that_it_left_out(tmp_path, capsys, album):
-    assert run(*SMALL, "--data", album, "--router", "dense", "soft", "--out", tmp_path) == 0
+    assert run(SMALL, "--data", album, "--router dense soft --out", tmp_path) == 0
     folder = next(tmp_path.glob("soft-*"))
     for name, contents in DAMAGES:
         good = (folder / name).read_bytes()
@@ -2789,8 +2791,8 @@ def test_a_table_keeps_the_whole_runs_and_names_those_that_it_left_out(tmp_path,
 
 def test_a_table_says_only_what_its_rows_bear_out(shelf, tmp_path, monkeypatch):
     data = [write_npz(tmp_path / f"{name}.npz") for name in "ab"]
-    flags = ["--size", "tiny", "small", "--data", *data, "--router", "dense"]
-    assert run(*SMALL, *flags, "--out", tmp_path / "images") == 0
+    flags = ["--size tiny small --data", *data, "--router dense"]
+    assert run(SMALL, *flags, "--out", tmp_path / "images") == 0
     shown = (tmp_path / "images/results.md").read_text()
     assert shown.count("| one seed ") == 3 and shown.count("| best ") == 1
     assert "In every row: --task vision --steps 3 --batch-size 8\n" in shown  # not --lr
@@ -2799,8 +2801,8 @@ def test_a_table_says_only_what_its_rows_bear_out(shelf, tmp_path, monkeypatch):
         return -1.0 - ("leaky" not in summary["router"])
 
     monkeypatch.setattr(train, "score", score)
-    flags = ["--data", shelf, "--router", "token_choice", "expert_choice", "--allow-leak"]
-    assert run(*WORDS, *flags, "--seed", 0, 1, "--out", tmp_path / "words") == 0
+    flags = ["--data", shelf, "--router token_choice expert_choice --allow-leak"]
+    assert run(WORDS, *flags, "--seed 0 1 --out", tmp_path / "words") == 0
     heads, *rows = rows_of((tmp_path / "words/results.md").read_text())
     leaky, causal = [dict(zip(heads, row)) for row in rows]
     assert leaky["router"] == "expert_choice (leaky)" and leaky["to the best"] == "-1.000"
@@ -2809,8 +2811,7 @@ def test_a_table_says_only_what_its_rows_bear_out(shelf, tmp_path, monkeypatch):
 
 
 def test_all_routers_leave_out_those_that_cannot_and_add_both_dense_models(shelf, here, capsys):
-    flags = ["--data", shelf, "--router", "all", "--steps", 1, "--shared", 1]
-    assert run(*WORDS, *flags, "--out", "y") == 0
+    assert run(WORDS, "--data", shelf, "--router all --steps 1 --shared 1 --out y") == 0
     said = capsys.readouterr().out
     assert "left out: expert_choice: --router expert_choice is not causal" in said
     names = {path.name.split("-")[0] for path in (here / "y").iterdir() if path.is_dir()}
@@ -2827,18 +2828,18 @@ def test_all_routers_leave_out_those_that_cannot_and_add_both_dense_models(shelf
         assert float(of["GFLOPs"]) == pytest.approx(float(active["GFLOPs"]), rel=0.05)
         parameters = [int(row["parameters"].replace(",", "")) for row in (of, total)]
         assert parameters[0] == pytest.approx(parameters[1], rel=0.05)
-    assert "no finished run" in refused(capsys, "--table", ".")
+    assert "no finished run" in refused(capsys, "--table .")
 
 
 # ================================================================ runs that survive
-LONG = ["--steps", "40", "--save-every", "7", "--log-every", "1"]
+LONG = "--steps 40 --save-every 7 --log-every 1"
 CHAINS = [
-    ("vision", "expert_threshold", ["--shared", "1"]),
-    ("tokens", "sigmoid", ["--balance", "bias"]),
+    ("vision", "--router expert_threshold --shared 1"),
+    ("tokens", "--router sigmoid --balance bias"),
 ]
 if os.environ.get("EVERY_ROUTER"):  # minutes: EVERY_ROUTER=1 python -m pytest -q -k killed
     for task, router in itertools.product(("vision", "tokens"), ROUTERS):
-        CHAINS.append((task, router, ["--allow-leak"] * (task == "tokens")))
+        CHAINS.append((task, f"--router {router}" + " --allow-leak" * (task == "tokens")))
 FORK = multiprocessing.get_context("forkserver")  # children of a process that has torch loaded
 FORK.set_forkserver_preload(["train"])
 
@@ -2848,18 +2849,16 @@ def lines_in(folder):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("task, router, flags", CHAINS)
-def test_a_run_killed_three_times_ends_as_one_unbroken(
-    task, router, flags, shelf, album, tmp_path, capsys
-):
-    small = [*SMALL, "--data", str(album)] if task == "vision" else [*WORDS, "--data", str(shelf)]
-    flags = [*small, *LONG, "--router", router, *flags]
+@pytest.mark.parametrize("task, router", CHAINS)
+def test_a_run_killed_three_times_ends_as_one(task, router, shelf, album, tmp_path, capsys):
+    small = {"vision": [SMALL, "--data", album], "tokens": [WORDS, "--data", shelf]}[task]
+    flags = [*small, LONG, router]
     a, b = tmp_path / "a", tmp_path / "b"
     assert run(*flags, "--out", a) == 0
     ends = []
     for most in 10, 18, 25:
-        words = ["--resume", str(b)] if ends else [*flags, "--out", str(b)]
-        child = FORK.Process(target=train.main, args=(words,))
+        words = ["--resume", b] if ends else [*flags, "--out", b]
+        child = FORK.Process(target=train.main, args=(words_of(words),))
         child.start()
         while child.is_alive() and not (lines_in(b) >= most and (b / "checkpoint.pt").exists()):
             time.sleep(0.001)
@@ -2881,9 +2880,9 @@ def test_a_run_killed_three_times_ends_as_one_unbroken(
 
 
 def test_a_folder_in_use_is_refused_by_a_second_run(album, tmp_path, capsys):
-    settings = train.settle(said_of(*SMALL, "--out", tmp_path / "run"))
+    settings = train.settle(said_of(SMALL, "--out", tmp_path / "run"))
     with train.Record(settings, {}):
-        flags = [*SMALL, "--data", album, "--out", tmp_path / "run"]
+        flags = [SMALL, "--data", album, "--out", tmp_path / "run"]
         assert "is in use" in refused(capsys, *flags)
         assert not list((tmp_path / "run").iterdir())
     assert run(*flags) == 0
@@ -2908,31 +2907,31 @@ def signalled(number, at, harm=False):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_first(number, status, here, capsys, monkeypatch, album):
-    flags = [*SMALL, "--data", album, "--steps", "6", "--router", "expert_threshold"]
+    flags = [SMALL, "--data", album, "--steps 6 --router expert_threshold"]
     a, b = here / "a", here / "b"
     assert run(*flags, "--out", a) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", signalled(number, 2))
-        assert run(*flags, "--out", "b") == status
+        assert run(*flags, "--out b") == status
     told = "interrupted after 3 of 6 steps; --resume b goes on from there"
     assert told in capsys.readouterr().out
-    assert "is no finished run: summary.json is missing" in refused(capsys, "--eval", "b")
+    assert "is no finished run: summary.json is missing" in refused(capsys, "--eval b")
     lr = TINY["vision"]["lr"]
     had = [("--router", "dense", "expert_threshold"), ("--dim", 32, 16), ("--lr", 2 * lr, lr)]
     for flag, value, before in had:
-        said = refused(capsys, "--resume", "b", flag, value)
+        said = refused(capsys, "--resume b", flag, value)
         assert f"contradicts the run in b, which has {before}" in said
-    assert run("--resume", "b", "--log-every", 1, "--save-every", 1) == 0
+    assert run("--resume b --log-every 1 --save-every 1") == 0
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", signalled(number, 6))
-        assert run("--resume", "b", "--steps", 9) == status and not (b / "summary.json").exists()
-    assert "it is of step 7, beyond --steps 6" in refused(capsys, "--resume", "b", "--steps", 6)
+        assert run("--resume b --steps 9") == status and not (b / "summary.json").exists()
+    assert "it is of step 7, beyond --steps 6" in refused(capsys, "--resume b --steps 6")
     assert json_of(b / "config.json")["settings"]["steps"] == 9
 
 
 def test_a_signal_in_the_last_step_ends_the_run_and_the_grid(tmp_path, monkeypatch, album):
-    flags = [*SMALL, "--data", album, "--seed", 0, 1, "--out", tmp_path]
+    flags = [SMALL, "--data", album, "--seed 0 1 --out", tmp_path]
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", signalled(signal.SIGTERM, 2))
         assert run(*flags) == 143
@@ -2951,36 +2950,35 @@ def test_a_run_that_diverges_stops_at_its_last_good_checkpoint(here, capsys, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(moe_vision.Stored, "loss", spoiled)
-        flags = [*SMALL, "--data", album, "--steps", 9, "--save-every", 2]
-        assert run(*flags, "--out", "run") == 1
+        flags = [SMALL, "--data", album, "--steps 9 --save-every 2"]
+        assert run(*flags, "--out run") == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     told = r"diverged at step \d: loss nan, gradient norm nan; per block .*load.*; "
     match = re.search(told + r"the checkpoint of step (\d) in", said)
     saved = checkpoint_of(here / "run")
     assert match and saved["step"] == int(match[1]) > 0
     assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
-    assert run("--resume", "run") == 0
+    assert run("--resume run") == 0
 
 
 def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, capsys, monkeypatch, album):
-    common = [*SMALL, "--data", album]
+    common = [SMALL, "--data", album]
     for router in "sparse_expert_choice", "expert_choice", "dense":
-        flags = ["--router", router, "--lr", 1e30, "--schedule", "constant", "--steps", 6]
-        assert run(*common, *flags, "--out", tmp_path / router) == 1
+        flags = f"--router {router} --lr 1e30 --schedule constant --steps 6 --out"
+        assert run(*common, flags, tmp_path / router) == 1
         assert "train.py: diverged at " in capsys.readouterr().err
-    assert run(*common, "--steps", 1, "--lr", 1e30, "--out", tmp_path / "one") == 1
+    assert run(*common, "--steps 1 --lr 1e30 --out", tmp_path / "one") == 1
     assert "no checkpoint was saved before" in capsys.readouterr().err
     assert not (tmp_path / "one/checkpoint.pt").exists()
     monkeypatch.setattr(train, "train_step", signalled(signal.SIGTERM, 3, harm=True))
-    flags = [*common, "--steps", 9, "--save-every", 2]
-    assert run(*flags, "--out", tmp_path / "two") == 1
+    assert run(*common, "--steps 9 --save-every 2 --out", tmp_path / "two") == 1
     assert "the checkpoint of step 2 in" in capsys.readouterr().err
     saved = checkpoint_of(tmp_path / "two")
     assert saved["step"] == 2 and torch.isfinite(saved["model"]["head.weight"]).all()
 
 
 def test_a_checkpoint_cut_changed_or_malicious_is_refused_and_left_alone(here, capsys, album):
-    assert run(*SMALL, "--data", album, "--router", "token_choice", "--out", "run") == 0
+    assert run(SMALL, "--data", album, "--router token_choice --out run") == 0
     path, lines = here / "run/checkpoint.pt", (here / "run/metrics.jsonl").read_bytes()
     good = path.read_bytes()
     middle = good.index(b"data/0") + 500
@@ -3008,9 +3006,9 @@ def test_a_damaged_run_folder_gets_one_line_before_anything_is_trained(
     tmp_path, capsys, monkeypatch, album
 ):
     folder = tmp_path / "run"
-    flags = ["--data", album, "--steps", 4, "--save-every", 2, "--router", "token_choice"]
+    flags = "--steps 4 --save-every 2 --router token_choice"
     monkeypatch.setattr(train, "train_step", signalled(signal.SIGTERM, 1))
-    assert run(*SMALL, *flags, "--out", folder) == 143
+    assert run(SMALL, flags, "--data", album, "--out", folder) == 143
     monkeypatch.setattr(train, "train_step", None)
     config, checkpoint = json_of(folder / "config.json"), train.read_checkpoint(folder)
     whole = {path: path.read_bytes() for path in folder.iterdir()}
@@ -3058,7 +3056,7 @@ def test_a_damaged_run_folder_gets_one_line_before_anything_is_trained(
 def test_a_full_disk_gets_one_line_and_what_was_saved_stays_whole(tmp_path, capsys, monkeypatch):
     folder, data = tmp_path / "run", tmp_path / "data"
     write_cifar(data)
-    assert run(*SMALL, "--data", data, "--out", folder) == 0
+    assert run(SMALL, "--data", data, "--out", folder) == 0
     before = (folder / "checkpoint.pt").read_bytes()
 
     def full(file):
@@ -3066,7 +3064,7 @@ def test_a_full_disk_gets_one_line_and_what_was_saved_stays_whole(tmp_path, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        said = refused(capsys, "--resume", folder, "--steps", 9)
+        said = refused(capsys, "--resume", folder, "--steps 9")
     assert "No space left on device" in said
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not list(folder.glob("*.part"))
@@ -3083,8 +3081,8 @@ def test_nobody_to_print_to_loses_no_result(album, tmp_path):
             with open(folder + b"/%d.txt" % i, "w", encoding="utf-8") as file:
                 file.write("häßlich und schön " * 30)
     train_py = f"{sys.executable} {ROOT / 'train.py'}"
-    text = " ".join([*WORDS, "--data", str(tmp_path / "text"), "--router", "hash"])
-    images = " ".join([*SMALL, "--data", str(album), "--router", "soft"])
+    text = " ".join([WORDS, "--data", str(tmp_path / "text"), "--router hash"])
+    images = " ".join([SMALL, "--data", str(album), "--router soft"])
     commands = {
         "left": f"{train_py} {images} --out left 2>&1 | head -1",
         "ascii": f"PYTHONIOENCODING=ascii {train_py} {text} --hash-key topic --out ascii | head -1",
@@ -3116,15 +3114,15 @@ def test_absurd_sizes_get_one_line_quickly_and_take_no_memory(flags, shelf, tmp_
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     data = ["--data", shelf] if "tokens" in flags else []
     with at_most(15):
-        refused(capsys, *flags.split(), *data, "--out", tmp_path / "run")
+        refused(capsys, flags, *data, "--out", tmp_path / "run")
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert after - before < 300_000  # kilobytes
     assert not (tmp_path / "run").exists()
 
 
 def test_a_huge_capacity_is_room_for_every_token_in_a_run_too(tmp_path, album):
-    flags = ["--router", "token_choice", "--capacity-factor", 1e308, "--data", album]
-    assert run(*SMALL, *flags, "--out", tmp_path) == 0
+    flags = ["--router token_choice --capacity-factor 1e308 --data", album]
+    assert run(SMALL, *flags, "--out", tmp_path) == 0
     assert json_of(tmp_path / "summary.json")["test"]["blocks"]["1"]["dropped"] == 0
 
 
@@ -3134,34 +3132,28 @@ def alone(model):
     return model
 
 
-def one_of_two(rank, ports, unsynchronised, commands):
+def one_of_two(rank, ports, commands, synchronised):
     """A process as torchrun starts it, for one command line after another."""
     torch.set_num_threads(1)
-    together = train.DistributedDataParallel
-    for port, words, apart in zip(ports, commands, unsynchronised):
+    if not synchronised:
+        train.DistributedDataParallel = alone
+    for port, words in zip(ports, commands):
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        train.DistributedDataParallel = alone if apart else together
         status = train.main(words)
         if status:
             sys.exit(status)
 
 
-def in_two_processes(commands, unsynchronised=()):
-    """The exit statuses of two processes that run these command lines together.
-
-    unsynchronised: for each, whether their gradients stay apart.
-    """
+def in_two_processes(commands, synchronised=True):
+    """The exit statuses of two processes that run these command lines together."""
     servers = [socket.create_server(("127.0.0.1", 0)) for _ in commands]
     ports = [server.getsockname()[1] for server in servers]
     for server in servers:
         server.close()
-    commands = [list(map(str, words)) for words in commands]
-    unsynchronised = unsynchronised or [False] * len(commands)
-    children = []
+    commands, children = list(map(words_of, commands)), []
     for rank in range(2):
-        given = rank, ports, unsynchronised, commands
-        children.append(FORK.Process(target=one_of_two, args=given))
+        children.append(FORK.Process(target=one_of_two, args=(rank, ports, commands, synchronised)))
         children[-1].start()
     for child in children:
         child.join(90)
@@ -3173,26 +3165,25 @@ def in_two_processes(commands, unsynchronised=()):
 def test_two_processes_take_the_steps_of_one_and_would_not_without_synchronised_gradients(
     task, album, tmp_path
 ):
-    common = [*SMALL, "--data", album, "--patch", 4]
+    common = [SMALL, "--data", album, "--patch 4"]
     if task == "tokens":
         words, g = "the cat sat on a mat and it was 3 pm".split(), random.Random(0)
         (tmp_path / "one.txt").write_text(" ".join(g.choices(words, k=1000)))
-        common = [*WORDS, "--data", tmp_path / "one.txt", "--allow-leak"]
-    common += "--dtype float64 --schedule constant --warmup 0 --lr 0.02 --steps 3".split()
-    common += ["--batch-size", 16]
-    flags = {name: ["--router", name] for name in ("dense", *ROUTERS)}
-    flags["switch"] = "--router token_choice --balance switch --balance-scope batch".split()
-    flags["switch"] += "--balance-weight 1 --noise-std 1 --grad-accum 2".split()
-    flags["bias"] = "--router token_choice --balance bias --bias-rate 0.1 --noise-std 1".split()
-    flags["sigmoid"] += "--bias-rate 0.1 --top-k 2 --shared 1".split()
-    flags["threshold"] = "--router expert_threshold --noise-std 1 --router-lr 0.5".split()
-    flags["random"] = "--router token_choice --router-weights random".split()
-    commands = [[*common, *more, "--out", tmp_path / f"two {name}"] for name, more in flags.items()]
-    commands.append([*common, *flags["token_choice"], "--out", tmp_path / "apart"])
-    apart = [False] * len(flags) + [True]
-    assert in_two_processes(commands, apart) == [0, 0]
+        common = [WORDS, "--data", tmp_path / "one.txt", "--allow-leak"]
+    common += ["--dtype float64 --schedule constant --warmup 0 --lr 0.02 --steps 3 --batch-size 16"]
+    flags = {name: f"--router {name}" for name in ("dense", *ROUTERS)}
+    flags["switch"] = "--router token_choice --balance switch --balance-scope batch"
+    flags["switch"] += " --balance-weight 1 --noise-std 1 --grad-accum 2"
+    flags["bias"] = "--router token_choice --balance bias --bias-rate 0.1 --noise-std 1"
+    flags["sigmoid"] += " --bias-rate 0.1 --top-k 2 --shared 1"
+    flags["threshold"] = "--router expert_threshold --noise-std 1 --router-lr 0.5"
+    flags["random"] = "--router token_choice --router-weights random"
+    commands = [[*common, more, "--out", tmp_path / f"two {name}"] for name, more in flags.items()]
+    assert in_two_processes(commands) == [0, 0]
+    apart = [*common, "--router token_choice --out", tmp_path / "apart"]
+    assert in_two_processes([apart], synchronised=False) == [0, 0]
     for name, more in flags.items():
-        assert run(*common, *more, "--out", tmp_path / f"one {name}") == 0
+        assert run(*common, more, "--out", tmp_path / f"one {name}") == 0
         one, two = losses_of(tmp_path / f"one {name}"), losses_of(tmp_path / f"two {name}")
         assert len(one) == 3 and one == pytest.approx(two, rel=1e-9), name
         other = checkpoint_of(tmp_path / f"two {name}")["model"]
@@ -3203,18 +3194,18 @@ def test_two_processes_take_the_steps_of_one_and_would_not_without_synchronised_
 
 
 def test_sequences_are_routed_in_one_process_only(shelf, tmp_path):
-    flags = ["--data", shelf, "--router", "token_choice", "--unit", "sequence"]
-    assert in_two_processes([[*WORDS, *flags, "--out", tmp_path / "run"]]) == [2, 2]
+    flags = [WORDS, "--data", shelf, "--router token_choice --unit sequence", "--out", tmp_path]
+    assert in_two_processes([flags]) == [2, 2]
 
 
 def test_a_wrong_setting_of_torchrun_is_one_line(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun sets RANK to a whole number, got RANK=None" in refused(capsys, *SMALL)
+    assert "torchrun sets RANK to a whole number, got RANK=None" in refused(capsys, SMALL)
     for name in "RANK", "LOCAL_RANK", "MASTER_PORT":
         monkeypatch.setenv(name, "0")
     for size in "many", "-1", "":
         monkeypatch.setenv("WORLD_SIZE", size)
-        assert f"WORLD_SIZE to a whole number, got WORLD_SIZE={size}" in refused(capsys, *SMALL)
+        assert f"WORLD_SIZE to a whole number, got WORLD_SIZE={size}" in refused(capsys, SMALL)
 
 
 # ================================================================ whatever the bytes
@@ -3233,12 +3224,12 @@ def test_readers_end_in_a_value_or_a_valueerror_whatever_the_bytes(shelf, album,
     write_npz(tmp_path / "x.npz")
     write_bins(tmp_path / "bin", 300, 200)
     (tmp_path / "one.txt").write_text("Dies sei — naïve — ein Text. " * 30)
-    assert run(*SMALL, "--data", album, "--out", tmp_path / "run") == 0
-    assert run(*WORDS, "--data", shelf, "--router", "dense", "--out", tmp_path / "words") == 0
-    words = "--task tokens --router dense --context 8 --batch-size 2 --vocab-size 300".split()
+    assert run(SMALL, "--data", album, "--out", tmp_path / "run") == 0
+    assert run(WORDS, "--data", shelf, "--router dense --out", tmp_path / "words") == 0
+    words = "--task tokens --router dense --context 8 --batch-size 2 --vocab-size 300"
 
     def text(path):
-        return moe_tokens.Text(train.settle(said_of(*words, "--data", path)), "cpu")
+        return moe_tokens.Text(train.settle(said_of(words, "--data", path)), "cpu")
 
     def text_around(path):
         return text(path.parent)
@@ -3309,5 +3300,5 @@ def test_every_python_block_of_readme_runs_and_flags_and_tests_pick_its_router_u
     said = python(tmp_path, "-m", "pytest", "-q", "test_routers.py", "-k", f"{name} and not readme")
     assert int(re.search(r"(\d+) passed", said)[1]) >= 20
     option = re.search(r"dict\((\w+)=", added)[1].replace("_", "-")
-    flags = [f"--{option}", "0.5", "--steps", "2", "--router", name, "--out", "run"]
-    assert f"| {name} " in python(tmp_path, "train.py", *SMALL, *flags)
+    flags = f"--{option} 0.5 --steps 2 --router {name} --out run"
+    assert f"| {name} " in python(tmp_path, "train.py", *words_of([SMALL, flags]))
