@@ -3023,8 +3023,8 @@ def test_nobody_to_print_to_loses_no_result(album, tmp_path):
             with open(folder + b"/%d.txt" % i, "w", encoding="utf-8") as file:
                 file.write("häßlich und schön " * 30)
     train_py = f"{sys.executable} {ROOT / 'train.py'}"
-    text = " ".join([WORDS, "--data", str(tmp_path / "text"), "--router hash"])
-    images = " ".join([SMALL, "--data", str(album), "--router soft"])
+    text = " ".join(words_of([WORDS, "--router hash --data", tmp_path / "text"]))
+    images = " ".join(words_of([SMALL, "--router soft --data", album]))
     commands = {
         "left": f"{train_py} {images} --out left 2>&1 | head -1",
         "ascii": f"PYTHONIOENCODING=ascii {train_py} {text} --hash-key topic --out ascii | head -1",
