@@ -61,7 +61,7 @@ from routers import project, queue, sinkhorn_plan, sparse_plan, top
 ROOT = pathlib.Path(train.__file__).parent
 
 
-# ---------------------------------------------------------------- helpers
+# ================================================================ PART ONE, routers.py: helpers
 def those(held):
     """The names of the routers of which this holds."""
     return [name for name, kind in ROUTERS.items() if held(kind)]
@@ -1389,7 +1389,7 @@ def test_weight_decay_is_to_spare_the_router_and_all_biases_by_name(name, option
     assert sorted(MoE(router, SwiGLU(4, 6, 7)).no_decay()) == sorted(mine)
 
 
-# ================================================================ train.py and moe_vision.py
+# ================================================================ PART TWO, train.py: helpers
 SMALL = """--dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --patch 8 --batch-size 8 --steps 3
     --log-every 1"""
 WORDS = """--task tokens --dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --context 16
@@ -1545,6 +1545,28 @@ def hasty(monkeypatch):
     monkeypatch.setattr(moe_vision.Drawn, "split", lambda self, name: [next(split(self, name))])
 
 
+@contextlib.contextmanager
+def at_most(seconds):
+    """Inside, a hang is an error."""
+
+    def fail(number, frame):
+        pytest.fail(f"still at it after {seconds} s")  # no Exception: nothing takes it for its own
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Bomb:  # what a pickle inside an .npz or a checkpoint could do
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+# ================================================================ one run, and wrong flags
 def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(here, capsys, hasty):
     a, b = here / "a", here / "b"
     for folder in a, b:
@@ -1647,27 +1669,7 @@ def test_a_wrong_flag_gets_one_line_that_names_the_rule_and_the_value(flags, rul
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
-class Bomb:  # what a pickle inside an .npz or a checkpoint could do
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-@contextlib.contextmanager
-def at_most(seconds):
-    """Inside, a hang is an error."""
-
-    def fail(number, frame):
-        pytest.fail(f"still at it after {seconds} s")  # no Exception: nothing takes it for its own
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
+# ================================================================ images
 def refused_data(capsys, path):
     with at_most(10):
         return refused(capsys, SMALL, "--batch-size 99 --data", path)
@@ -1888,6 +1890,74 @@ def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
     assert set(drawn["kind"].flatten().tolist()) == {0, 1, 2}
 
 
+def test_the_ridge_probe_picks_its_penalty_by_leaving_one_out():
+    x, z, rule = draw(24, 20), draw(200, 20, seed=1), draw(20, 3, seed=2)
+    y = (x @ rule + draw(24, 3, seed=99)).argmax(1)  # few and noisy: without leverages, 0.365
+    truth = (z @ rule).argmax(1)
+    mean, std = x.mean(0), x.std(0) + 1e-5
+    a, b = (F.pad((features - mean) / std, (0, 1), value=100.0) for features in (x, z))
+    targets = F.one_hot(y).double() * 2 - 1
+
+    def solve(rows, penalty):
+        matrix = a[rows].T @ a[rows] + penalty * torch.eye(21)
+        return torch.linalg.solve(matrix, a[rows].T @ targets[rows])
+
+    def error(penalty):
+        total = 0
+        for i in range(24):
+            others = torch.arange(24) != i
+            total += (a[i] @ solve(others, penalty) - targets[i]).square().sum()
+        return total
+
+    penalty = min(2.0 ** np.arange(-10, 20), key=error)
+    guess = (b @ solve(torch.arange(24), penalty)).argmax(1)
+    expected = (guess == truth).double().mean().item()
+    assert moe_vision.ridge_accuracy((x, y), (z, truth)) == pytest.approx(expected)
+    assert 0.5 < expected < 1
+
+
+class Mine(moe_vision.Images):
+    """An own data set: two classes, bright and dark."""
+
+    image_size, names, about = 16, ["dark", "bright"], "two classes of noise"
+
+    def make(self, count, *key):
+        g = seeded(self.seed, *key)
+        label = torch.randint(2, (count,), generator=g)
+        image = torch.randn(count, 3, 16, 16, generator=g) + 2 * label[:, None, None, None]
+        return {"image": image, "label": label}
+
+    def batch(self, step, part=slice(None)):
+        return {name: value[part] for name, value in self.make(self.batch_size, step).items()}
+
+    def split(self, name):
+        yield self.make(64, name)
+
+    def pixels(self, image):
+        shown = (image * 40 + 100).clamp(0, 255).byte()
+        return shown.permute(0, 2, 3, 1).numpy()
+
+
+def test_an_own_set_of_images_is_one_class_and_one_entry(here, capsys, monkeypatch):
+    monkeypatch.setitem(moe_vision.DATASETS, "mine", Mine)
+    flags = "--data mine --router token_choice --steps 30 --warmup 0 --lr 0.01 --out run"
+    assert run(SMALL, flags) == 0
+    assert json_of(here / "run/summary.json")["test"]["top1"] == 100
+    assert "two classes of noise" in (here / "run/report.html").read_text()
+    assert run("--eval run") == 0
+    labels = Mine.labels
+
+    def one_too_many(self, batch, start):
+        label, unit, names = labels(self, batch, start)["class"]
+        return {"class": (F.pad(label, (1, 0)), unit, names)}
+
+    monkeypatch.setattr(Mine, "labels", one_too_many)
+    monkeypatch.setattr(train, "train_step", None)  # refused before the training
+    said = refused(capsys, SMALL, "--data mine")
+    assert re.search("labels of 5 tokens .*do not fit a routing of 4", said)
+
+
+# ================================================================ the vision model
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("router", ["dense", "expert_choice", "soft"])
 def test_gflops_count_one_images_products_and_active_parameters_what_a_token_meets(router, shared):
@@ -2085,74 +2155,7 @@ def test_hash_routes_by_the_place_in_the_image_also_where_a_batch_is_one_group(t
     assert "data:image/png;base64," in (tmp_path / "run/report.html").read_text()
 
 
-def test_the_ridge_probe_picks_its_penalty_by_leaving_one_out():
-    x, z, rule = draw(24, 20), draw(200, 20, seed=1), draw(20, 3, seed=2)
-    y = (x @ rule + draw(24, 3, seed=99)).argmax(1)  # few and noisy: without leverages, 0.365
-    truth = (z @ rule).argmax(1)
-    mean, std = x.mean(0), x.std(0) + 1e-5
-    a, b = (F.pad((features - mean) / std, (0, 1), value=100.0) for features in (x, z))
-    targets = F.one_hot(y).double() * 2 - 1
-
-    def solve(rows, penalty):
-        matrix = a[rows].T @ a[rows] + penalty * torch.eye(21)
-        return torch.linalg.solve(matrix, a[rows].T @ targets[rows])
-
-    def error(penalty):
-        total = 0
-        for i in range(24):
-            others = torch.arange(24) != i
-            total += (a[i] @ solve(others, penalty) - targets[i]).square().sum()
-        return total
-
-    penalty = min(2.0 ** np.arange(-10, 20), key=error)
-    guess = (b @ solve(torch.arange(24), penalty)).argmax(1)
-    expected = (guess == truth).double().mean().item()
-    assert moe_vision.ridge_accuracy((x, y), (z, truth)) == pytest.approx(expected)
-    assert 0.5 < expected < 1
-
-
-class Mine(moe_vision.Images):
-    """An own data set: two classes, bright and dark."""
-
-    image_size, names, about = 16, ["dark", "bright"], "two classes of noise"
-
-    def make(self, count, *key):
-        g = seeded(self.seed, *key)
-        label = torch.randint(2, (count,), generator=g)
-        image = torch.randn(count, 3, 16, 16, generator=g) + 2 * label[:, None, None, None]
-        return {"image": image, "label": label}
-
-    def batch(self, step, part=slice(None)):
-        return {name: value[part] for name, value in self.make(self.batch_size, step).items()}
-
-    def split(self, name):
-        yield self.make(64, name)
-
-    def pixels(self, image):
-        shown = (image * 40 + 100).clamp(0, 255).byte()
-        return shown.permute(0, 2, 3, 1).numpy()
-
-
-def test_an_own_set_of_images_is_one_class_and_one_entry(here, capsys, monkeypatch):
-    monkeypatch.setitem(moe_vision.DATASETS, "mine", Mine)
-    flags = "--data mine --router token_choice --steps 30 --warmup 0 --lr 0.01 --out run"
-    assert run(SMALL, flags) == 0
-    assert json_of(here / "run/summary.json")["test"]["top1"] == 100
-    assert "two classes of noise" in (here / "run/report.html").read_text()
-    assert run("--eval run") == 0
-    labels = Mine.labels
-
-    def one_too_many(self, batch, start):
-        label, unit, names = labels(self, batch, start)["class"]
-        return {"class": (F.pad(label, (1, 0)), unit, names)}
-
-    monkeypatch.setattr(Mine, "labels", one_too_many)
-    monkeypatch.setattr(train, "train_step", None)  # refused before the training
-    said = refused(capsys, SMALL, "--data mine")
-    assert re.search("labels of 5 tokens .*do not fit a routing of 4", said)
-
-
-# ================================================================ moe_tokens.py
+# ================================================================ text and the GPT
 def gpt(shelf, *flags):
     """The small run of these flags in float64, and 3 sequences of tokens for it."""
     b = built("--data", shelf, "--dtype float64", *flags, small=WORDS)
@@ -3200,8 +3203,6 @@ def test_readers_end_in_a_value_or_a_valueerror_whatever_the_bytes(shelf, album,
 
 
 # ================================================================ README.md
-
-
 def python(folder, *words):
     """What a Python program prints there, which has to succeed."""
     command, environ = [sys.executable, *words], os.environ | {"PYTHONPATH": str(folder)}
