@@ -351,10 +351,10 @@ class Text:
         """
         mean = sums["loss"] / sums["count"]
         perplexity = mean.exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
-        told = {"loss": mean, "perplexity": perplexity}
+        found = {"loss": mean, "perplexity": perplexity}
         if "bytes" in sums:
-            told["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
-        return told
+            found["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
+        return found
 
     def labels(self, batch, start):
         """What an expert's choice may tell: {name: (label [B, T], unit [B, T], the labels' names)}.
@@ -395,8 +395,8 @@ class Text:
             label = batch["label"][:, end - 1]
             generated += F.cross_entropy(logits[:, -1], label, reduction="sum")
         for name, loss in ("as_scored", scored * counts["count"]), ("as_generated", generated):
-            told = self.metrics(counts | {"loss": loss})
-            facts[name] = {name: float(value) for name, value in told.items()}
+            metrics = self.metrics(counts | {"loss": loss})
+            facts[name] = {name: float(value) for name, value in metrics.items()}
         return facts
 
     def files(self):
@@ -409,10 +409,10 @@ class Text:
     def tell(self, model, joints):
         """What is printed of the experts at the end of a run: the commonest tokens of each."""
         lines = []
-        for block, of in joints.items():
-            if "token" not in of:
+        for block, labels in joints.items():
+            if "token" not in labels:
                 continue
-            mass, pieces = of["token"]
+            mass, pieces = labels["token"]
             for expert, share in enumerate(mass.T[:-1]):  # the last column is no expert
                 common = [
                     pieces[i] for i in share.topk(min(12, len(share))).indices if share[i] > 0

@@ -119,9 +119,7 @@ class ViT(nn.Module):
         if not self.together:
             return moe(x)
         B, T, D = x.shape
-        place = torch.arange(T, device=x.device).repeat(B)[
-            None
-        ]  # hash goes by the place in the image
+        place = torch.arange(T, device=x.device).repeat(1, B)  # what hash goes by
         y, routing = moe(x.reshape(1, B * T, D), place)
         return y.view_as(x), routing
 
@@ -174,9 +172,9 @@ class Images:
     image_size  pixels along an image              names             of the classes
     about       one line on the set                few_shot_classes  those held out for the probe
 
-    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "kind" [B, T], "shape" [B]
-    and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of the step's batch, the same for every run of
-    one seed; split(name) the batches of a part.
+    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn ones also "shape" [B], "kind" [B, T] and,
+    where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of the
+    step's batch, the same for every run of one seed; split(name) the batches of a part.
     """
 
     few_shot_classes = ()
@@ -225,14 +223,14 @@ class Images:
 
         top1 in %; of patches also miou, the mean over classes of intersection over union, in %.
         """
-        told = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
+        found = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
         shares = []
         for c in range(1 + 2 * len(SHAPES)):
             if f"both{c}" in sums:
                 shares.append(sums[f"both{c}"] / max(1, sums[f"either{c}"]))
         if shares:
-            told["miou"] = 100 * sum(shares) / len(shares)
-        return told
+            found["miou"] = 100 * sum(shares) / len(shares)
+        return found
 
     def labels(self, batch, start):
         """What an expert's choice may tell: {name: (label [B, T], unit [B, T], the labels' names)}.
@@ -266,16 +264,16 @@ class Images:
             "few_shot_untrained": fresh().features,
             "few_shot_pixels": torch.nn.Flatten(),
         }
-        told = {}
+        found = {}
         for name, read in readers.items():
             accuracy = []
             for draw in range(draws):
                 support, query = self.probe(draw)
                 known = read_features(read, support[0]), support[1].cpu()
-                asked = read_features(read, query[0]), query[1].cpu()
-                accuracy.append(100 * ridge_accuracy(known, asked))
-            told[name] = [float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))]
-        return told
+                unknown = read_features(read, query[0]), query[1].cpu()
+                accuracy.append(100 * ridge_accuracy(known, unknown))
+            found[name] = [float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))]
+        return found
 
     def files(self):
         """What a run folder keeps of its data, {file name: content}."""
@@ -327,13 +325,13 @@ def columns(summary):
     """The table's columns that are this task's own: {name: number, (mean, deviation) or None}."""
     test, dropless = summary["test"], summary.get("test_dropless", {})
     if "miou" in test:
-        told = {"mIoU %": test["miou"], "patches right %": test["top1"]}
+        found = {"mIoU %": test["miou"], "patches right %": test["top1"]}
     else:
-        told = {"top-1 %": test["top1"]}
-    told["dropless %"] = dropless.get("miou", dropless.get("top1"))
+        found = {"top-1 %": test["top1"]}
+    found["dropless %"] = dropless.get("miou", dropless.get("top1"))
     for name, key in ("10-shot %", "few_shot"), ("untrained", "few_shot_untrained"):
-        told[name] = tuple(summary[key]) if key in summary else None
-    return told
+        found[name] = tuple(summary[key]) if key in summary else None
+    return found
 
 
 def load(settings, device, folder=None):
@@ -394,7 +392,7 @@ class Drawn(Images):
         return pick_shots(self.draw(1024, HELD_OUT, "probe", draw), shots)
 
     def draw(self, count, classes, *purpose, part=slice(None)):
-        """A batch of `count` images of these classes; all are drawn, but only `part` is rendered."""
+        """`count` images of these classes; all are drawn, but only `part` is rendered."""
         g = seeded(self.seed, *purpose)
         label = torch.randint(len(classes), (count,), generator=g)
         shape = torch.randint(len(SHAPES), (count,), generator=g)

@@ -313,8 +313,13 @@ class Router(nn.Module):
     """What all routers share: options and their rules, the gate, the capacity.
 
     A subclass says who `chooses` ("tokens", "experts", "threshold" or None), lists its options with
-    their `defaults`, the losses that it `offers` and, by task, the `recipes` by which train.py uses
-    it, and writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
+    their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
+    writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
+
+    causal           True only if no token's routing can depend on later tokens, with this router's
+                     options. A causal router may still drop a token in a short prefix that it
+                     keeps in a longer text, since its capacity grows with T. Dropless, or with room
+                     for every token, it does not.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
@@ -327,8 +332,9 @@ class Router(nn.Module):
     """
 
     chooses = "experts"
+    causal = False
     offers = ("z",)
-    recipes = {}
+    recipe = {}
     margin = 1  # slots over the mean demand
     defaults = dict(
         top_k=1, capacity_factor=1.0, noise_std=0.0, router_weights="learned", gate="linear"
@@ -393,15 +399,6 @@ class Router(nn.Module):
             for weight in gate.parameters():
                 fresh = torch.empty(weight.shape, dtype=weight.dtype)
                 weight.copy_(fresh.normal_(0, self.dim**-0.5, generator=generator))
-
-    @property
-    def causal(self):
-        """True only if no token's routing can depend on later tokens, with this router's options.
-
-        A causal router may still drop a token in a short prefix that it keeps in a longer text,
-        since its capacity grows with T. Dropless, or with room for every token, it does not.
-        """
-        return False
 
     def forward(self, x, key=None):
         """Tokens x [G, T, D] and, for hash, key [G, T] -> Routing. ValueError for other shapes."""
@@ -486,10 +483,7 @@ class TokenChoice(Router):
     defaults = Router.defaults | dict(
         priority="token", renormalize=False, bias_rate=0.0, balance_scope="group"
     )
-    recipes = {
-        "vision": dict(capacity_factor=None, balance="switch"),
-        "tokens": dict(capacity_factor=None, balance="switch"),
-    }
+    recipe = dict(capacity_factor=None, balance="switch")
 
     @property
     def causal(self):
@@ -541,14 +535,14 @@ class TokenChoice(Router):
         pair = pair.flatten(1)  # [G, T*K], in the order of the line
         wanted = expert_index.flatten(1).gather(1, pair)
         wants = wanted[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
-        C, filled = self.slots(wants, T)
+        C, filled = self.room(wants, T)
         place = queue(wants, C).flatten(1)  # [G, E*C], T*K where a slot is empty
         pair = F.pad(pair, (0, 1), value=T * K).gather(1, place).view(G, self.num_experts, C)
         weight = F.pad(weight.flatten(1), (0, 1)).gather(1, pair.flatten(1)).view_as(pair)
         load = wants.sum((0, 1)).to(weight.dtype) / max(1, G * T * K)
         return HardRouting(pair // K, weight, T, load, filled=filled, expert_index=expert_index)
 
-    def slots(self, wants, tokens):
+    def room(self, wants, tokens):
         """C, and for a dropless routing how many slots each expert fills."""
         C = self.capacity(tokens)
         if C is not None:
@@ -578,11 +572,8 @@ class SinkhornTokenChoice(TokenChoice):
     """
 
     defaults = TokenChoice.defaults | dict(iterations=20, combine_weights="softmax")
-    recipes = {"vision": dict(capacity_factor=None), "tokens": dict(capacity_factor=None)}
-
-    @property
-    def causal(self):
-        return False  # a plan balances over all tokens
+    recipe = dict(capacity_factor=None)
+    causal = False  # a plan balances over all tokens
 
     def scores(self, logits, noisy):
         if self.options.combine_weights == "plan":
@@ -603,11 +594,8 @@ class SparseTokenChoice(TokenChoice):
     offers = ("importance", "balance", "z")
     defaults = SinkhornTokenChoice.defaults.copy()
     del defaults["noise_std"]
-    recipes = {"vision": dict(capacity_factor=None), "tokens": dict(capacity_factor=None)}
-
-    @property
-    def causal(self):
-        return False
+    recipe = dict(capacity_factor=None)
+    causal = False
 
     def scores(self, logits, noisy):
         gates, o = logits.softmax(-1), self.options
@@ -628,10 +616,7 @@ class Sigmoid(TokenChoice):
     offers = ("importance", "balance", "z")
     defaults = TokenChoice.defaults | dict(bias_rate=1e-3)
     del defaults["renormalize"], defaults["noise_std"]
-    recipes = {
-        "vision": dict(capacity_factor=None, balance="bias"),
-        "tokens": dict(capacity_factor=None, balance="bias"),
-    }
+    recipe = dict(capacity_factor=None, balance="bias")
 
     def probabilities(self, logits):
         return F.logsigmoid(logits).softmax(-1)  # s / sum s, also where every s underflows
@@ -656,10 +641,8 @@ class Hash(TokenChoice):
 
     offers = ()
     defaults = dict(top_k=1, capacity_factor=1.0, num_keys=4096)
-    recipes = {
-        "vision": dict(capacity_factor=None),
-        "tokens": dict(capacity_factor=None, num_keys=None),  # as many keys as tokens
-    }
+    recipe = dict(capacity_factor=None, num_keys=None)  # on text: as many keys as tokens
+    causal = True
 
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
@@ -667,10 +650,6 @@ class Hash(TokenChoice):
         runs = math.ceil(self.options.num_keys / num_experts)
         table = torch.rand(runs, num_experts).argsort(1).flatten()
         self.register_buffer("table", table[: self.options.num_keys])
-
-    @property
-    def causal(self):
-        return True
 
     def route(self, x, key=None):
         G, T, _ = x.shape
@@ -744,6 +723,7 @@ class ExpertThreshold(Router):
     """
 
     chooses = "threshold"
+    causal = True
     margin = 2
     decay = 0.9
 
@@ -751,10 +731,6 @@ class ExpertThreshold(Router):
         super().__init__(dim, num_experts, **options)
         self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-
-    @property
-    def causal(self):
-        return True
 
     def route(self, x, key=None):
         G, T, _ = x.shape
@@ -807,6 +783,9 @@ class Soft(Router):
         self.phi = nn.Parameter(torch.empty(dim, num_experts, o.slots))
         nn.init.normal_(self.phi, std=dim**-0.5)
         self.scale = nn.Parameter(torch.tensor(float(o.scale)))
+
+    def capacity(self, tokens):
+        return self.options.slots
 
     def route(self, x, key=None):
         with torch.autocast(x.device.type, enabled=False):

@@ -210,8 +210,8 @@ def filled(said):
     for name, (_, default, _) in (SETTINGS | task.SETTINGS).items():
         values.setdefault(name, default)
     values |= task.SIZES[values["size"]] | options_of(kind)
-    recipe = kind.recipes.get(values["task"], {}) if kind else {}
-    values |= {name: value for name, value in recipe.items() if name in values}
+    if kind:
+        values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # there is nothing to balance with
     return SimpleNamespace(**(values | said))
@@ -340,12 +340,7 @@ def check_memory(settings, data, model, device):
     numbers = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
     numbers += examples * data.tokens * settings.dim * 4 * settings.depth
     for moe in moes(model):
-        C = (
-            moe.router.options.slots
-            if hasattr(moe.router, "phi")
-            else moe.router.capacity(data.tokens)
-        )
-        slots = moe.router.num_experts * (C or 1)
+        slots = moe.router.num_experts * (moe.router.capacity(data.tokens) or 1)
         numbers += 2 * examples * slots * settings.hidden
     wanted = numbers * torch.get_default_dtype().itemsize / 1e9
     if wanted > memory_gb():
@@ -483,10 +478,10 @@ def statistics(routings):
     load max/mean; experts that got nothing; the share of tokens in no slot; slots a token sits in;
     entropy of the gates, 1 = uniform; in training, the norm of the router's gradient.
     """
-    told = {}
+    found = {}
     for block, routing in routings.items():
         counts = routing.counts()
-        signs = told[block] = evenness(routing.load)
+        signs = found[block] = evenness(routing.load)
         signs["dropped"] = float((counts == 0).float().mean())
         signs["slots_per_token"] = float(counts.float().mean())
         if hasattr(routing, "gates"):
@@ -495,7 +490,7 @@ def statistics(routings):
             signs["entropy"] = float(entropy / math.log(max(2, gates.shape[-1])))
         if hasattr(routing, "router_gradient"):
             signs["router_gradient"] = float(routing.router_gradient)
-    return told
+    return found
 
 
 def evenness(load):
@@ -545,13 +540,13 @@ def evaluate(settings, data, model, split):
             loss, counts, routings = data.loss(model, batch)
         for name, value in (counts | {"loss": loss * counts["count"]}).items():
             add(sums, {name: float(value)})
-        for block, of in statistics(routings).items():
-            add(signs.setdefault(block, {}), of)
+        for block, of_block in statistics(routings).items():
+            add(signs.setdefault(block, {}), of_block)
         add(loads, {block: routing.load for block, routing in routings.items()})
         batches += 1
     blocks = {}
-    for block, of in signs.items():
-        blocks[block] = {name: value / batches for name, value in of.items()}
+    for block, of_block in signs.items():
+        blocks[block] = {name: value / batches for name, value in of_block.items()}
         blocks[block] |= evenness(loads[block])  # of the whole split
     metrics = numbers(data.metrics(sums))
     if not math.isfinite(metrics["loss"]):
@@ -598,8 +593,8 @@ def tell(settings, data, model, summary, joints):
     """Print what a run found."""
     say(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
     rows = []
-    for block, of in summary["specialisation"].items():
-        for label, (value, mean, bound) in of.items():
+    for block, labels in summary["specialisation"].items():
+        for label, (value, mean, bound) in labels.items():
             numbers = {"NMI": value, "by chance": mean, "95 % of chance": bound}
             texts = {name: f"{number:.3f}" for name, number in numbers.items()}
             rows.append({"block": str(block), "experts know of": label, **texts})
@@ -668,7 +663,7 @@ def row(summaries, task, known=False):
     of_runs = [cells(summary, task, known) for summary in summaries]
     texts = {}
     for name in of_runs[0]:
-        values = [of[name] for of in of_runs]
+        values = [cells_of_run[name] for cells_of_run in of_runs]
         decimals = 3 if name.startswith("NMI") else DECIMALS.get(name, 1)
         texts[name] = spell_cell(values, decimals, spread=name not in CONSTANT)
     return texts
@@ -677,22 +672,22 @@ def row(summaries, task, known=False):
 def cells(summary, task, known):
     """{column: number, list of one number a block, (mean, deviation), or None} of one run."""
     blocks = summary[task.SPLITS[-1]]["blocks"].values()
-    told = task.columns(summary)
-    told["load max/mean"] = [block["load"] for block in blocks]
-    told["dropped %"] = [100 * block["dropped"] for block in blocks]
-    told["slots/token"] = [block["slots_per_token"] for block in blocks]
-    told["parameters"], told["active"] = summary["parameters"], summary["active_parameters"]
-    told["GFLOPs"] = summary["gflops"]
-    told[f"{task.UNIT}/s"] = summary[f"{task.UNIT}_per_second"]
-    told["first step s"] = summary.get("first_step_seconds")
-    told["seconds"] = summary["seconds"]
+    found = task.columns(summary)
+    found["load max/mean"] = [block["load"] for block in blocks]
+    found["dropped %"] = [100 * block["dropped"] for block in blocks]
+    found["slots/token"] = [block["slots_per_token"] for block in blocks]
+    found["parameters"], found["active"] = summary["parameters"], summary["active_parameters"]
+    found["GFLOPs"] = summary["gflops"]
+    found[f"{task.UNIT}/s"] = summary[f"{task.UNIT}_per_second"]
+    found["first step s"] = summary.get("first_step_seconds")
+    found["seconds"] = summary["seconds"]
     for label in KNOWN if known else ():
         values = []
-        for of in summary["specialisation"].values():
-            if label in of:
-                values.append(of[label][0] - of[label][1])
-        told[f"NMI {label}"] = float(np.mean(values)) if values else None
-    return told
+        for labels in summary["specialisation"].values():
+            if label in labels:
+                values.append(labels[label][0] - labels[label][1])
+        found[f"NMI {label}"] = float(np.mean(values)) if values else None
+    return found
 
 
 def spell_cell(values, decimals, spread):
@@ -739,7 +734,7 @@ def results(folder):
     report.html beside it shows the table and the loss curves.
     """
     runs, notes = finished(folder)
-    tasks = {of.settings.task for of in runs}
+    tasks = {done.settings.task for done in runs}
     if len(tasks) != 1:
         why = "no finished run (a folder with a summary.json) lies there"
         if tasks:
@@ -747,28 +742,28 @@ def results(folder):
         raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
     task = TASKS[tasks.pop()]
     groups = {}
-    for of in runs:  # the runs of one setting, one of each seed
-        key = {name: value for name, value in of_result(of.settings).items() if name != "seed"}
-        groups.setdefault(json.dumps(key, sort_keys=True), {})[of.settings.seed] = of
+    for done in runs:  # the runs of one setting, one of each seed
+        key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
+        groups.setdefault(json.dumps(key, sort_keys=True), {})[done.settings.seed] = done
     axes = axes_of(runs)
     entries = []
     for group in groups.values():
         first = next(iter(group.values()))
-        summaries = [of.summary for of in group.values()]
+        summaries = [done.summary for done in group.values()]
         texts = {"router": title(first.settings)}
         texts |= {name: spell_setting(first, name) for name in axes}
         entry = SimpleNamespace(name=" ".join(text for text in texts.values() if text != "-"))
         texts |= {"recipe": recipe(first.settings, axes), "seeds": str(len(group))}
         entry.texts = texts | row(summaries, task, known=True)
         entry.scores = [score(summary, task) for summary in summaries]
-        entry.lines = [of.lines for of in group.values()]
+        entry.lines = [done.lines for done in group.values()]
         entries.append(entry)
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     rank(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
     shown = table([entry.texts for entry in entries])
     same = []
     for name in ("task", "size", "data", "steps", "batch_size", "lr"):
-        values = {spell_setting(of, name) for of in runs}
+        values = {spell_setting(done, name) for done in runs}
         if len(values) == 1 and values != {"-"}:
             same.append(f"{flag(name)} {values.pop()}")
     shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
@@ -787,33 +782,33 @@ def finished(folder):
         try:
             said = read_said(path)
             summary = read_json(path / "summary.json")
-            of = SimpleNamespace(settings=settle(said), said=said, summary=summary)
-            row([summary], TASKS[of.settings.task], known=True)  # raises where something is missing
-            of.lines = read_lines(path)
-            runs.append(of)
-        except (
-            Exception
-        ) as error:  # a damaged file fails in many ways; the others are still a table
+            done = SimpleNamespace(settings=settle(said), said=said, summary=summary)
+            row(
+                [summary], TASKS[done.settings.task], known=True
+            )  # raises where something is missing
+            done.lines = read_lines(path)
+            runs.append(done)
+        except Exception as error:  # a damaged file fails in many ways; the rest is still a table
             notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
     return runs, notes
 
 
 def axes_of(runs):
     """The settings that were said, and differ between runs that have them: a column each."""
-    said = dict.fromkeys(name for of in runs for name in of.said)
+    said = dict.fromkeys(name for done in runs for name in done.said)
     axes = []
     for name in said:
-        values = {spell_setting(of, name) for of in runs} - {"-"}
+        values = {spell_setting(done, name) for done in runs} - {"-"}
         if len(values) > 1 and name not in FREE | {"router", "seed"}:
             axes.append(name)
     return axes
 
 
-def spell_setting(of, name):
+def spell_setting(done, name):
     """A run's setting as text; "-" where it has none, or where it means nothing."""
-    value = getattr(of.settings, name, None)
-    dropless = name == "capacity_factor" and hasattr(of.settings, name)
-    if name in unused(of.said | {name: value}) or (value is None and not dropless):
+    value = getattr(done.settings, name, None)
+    dropless = name == "capacity_factor" and hasattr(done.settings, name)
+    if name in unused(done.said | {name: value}) or (value is None and not dropless):
         return "-"
     return spell(value)
 
@@ -822,7 +817,7 @@ def recipe(settings, axes):
     """What the router's recipe for the task set, as text: rows may differ by that alone."""
     kind = ROUTERS.get(settings.router)
     parts = []
-    for name in kind.recipes.get(settings.task, {}) if kind else ():
+    for name in kind.recipe if kind else ():
         if hasattr(settings, name) and name not in axes:
             parts.append(f"{name} {spell(getattr(settings, name))}")
     return ", ".join(parts) or "-"
@@ -838,14 +833,14 @@ def rank(entries, task, digits):
         gap = np.mean(entry.scores) - np.mean(best.scores)
         spread = math.hypot(deviation(entry.scores), deviation(best.scores))
         if entry is best:
-            told = "best"
+            verdict = "best"
         elif min(len(entry.scores), len(best.scores)) == 1:
-            told = "one seed"
+            verdict = "one seed"
         elif abs(gap) <= spread:
-            told = "tie"
+            verdict = "tie"
         else:
-            told = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
-        entry.texts["to the best"] = told
+            verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
+        entry.texts["to the best"] = verdict
 
 
 def score(summary, task):
@@ -896,12 +891,12 @@ def examine(data, batch, start, routings):
             if mass.shape[1] not in (1, label.shape[1]):
                 rule = f"labels of {label.shape[1]} tokens an example do not fit a routing"
                 raise ValueError(f"{rule} of {mass.shape[1]}")
-            of = unit
+            dealt = unit
             if unit is not None and mass.shape[1] < len(unit[0].unique()):
                 sequence = start + torch.arange(len(label))  # what is routed whole is dealt whole
-                of = sequence[:, None].expand_as(label)
+                dealt = sequence[:, None].expand_as(label)
             mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)
-            units = None if of is None else of.flatten()[known]
+            units = None if dealt is None else dealt.flatten()[known]
             found[block, name, tuple(names)] = mass[known], label.flatten()[known], units
     return found
 
@@ -956,12 +951,17 @@ PAGE = """<!doctype html>
   pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
   td, th {{ padding: .1em .7em .1em 0; text-align: left; }}
   .mosaic td, .mosaic th {{ padding: 0; text-align: center; }}
+  .map td {{ width: 22px; height: 22px; padding: 0; border: 1px solid #ddd; }}
+  caption {{ font-weight: bold; text-align: left; }}
   span {{ white-space: pre-wrap; }}
 </style>
 <h1>{title}</h1>
 {body}
 </html>
 """
+MAPS_SHOW = """<p>In a row: the share of a label's tokens that each expert serves, white none, dark
+blue the most; a token in several slots is divided by its weights. Column “none”: those that no
+expert serves.</p>"""
 SIGNS = {  # headings; a sign that statistics() adds is drawn under its own name
     "load": "load max/mean: 1 is even",
     "dead": "experts without a token",
@@ -976,28 +976,21 @@ LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a pictur
 def report_page(settings, data, model, summary, joints, record):
     """The page of one run, HTML that needs no network."""
     lines = read_lines(record.folder)
-    told = row([summary], TASKS[settings.task])
-    facts = {"data": data.about, "seed": str(settings.seed), **told}
-    rows = [
-        f"<tr><th>{escape(name)}<td>{escape(text)}" for name, text in facts.items() if text != "-"
-    ]
-    body = ["<div class=wide><table>", *rows, "</table></div>"]
+    cells = row([summary], TASKS[settings.task])
+    body = ["<div class=wide><table>"]
+    for name, text in {"data": data.about, "seed": str(settings.seed), **cells}.items():
+        if text != "-":
+            body.append(f"<tr><th>{escape(name)}<td>{escape(text)}")
+    body.append("</table></div>")
     body += ["<h2>Step by step</h2>", "<div class=row>", *health(lines), "</div>"]
     maps = []
-    for block, of in joints.items():
-        for name, (joint, names) in of.items():
+    for block, labels in joints.items():
+        for name, (joint, names) in labels.items():
             if len(names) <= 24:  # more rows are no picture
                 maps.append(heat_map(f"block {block}: {name}", joint, names))
     if maps:
         body.append("<h2>Where the tokens of each label go</h2>")
-        body.append(
-            "<p>In a row: the share of a label's tokens that each expert serves, white none, "
-        )
-        body.append(
-            "dark blue the most; a token in several slots is divided by its weights. Column "
-        )
-        body.append("“none”: those that no expert serves.</p><div class=row>")
-        body += [*maps, "</div>"]
+        body += [MAPS_SHOW, "<div class=row>", *maps, "</div>"]
     body.append(data.pictures(model, joints))
     return PAGE.format(
         title=escape(f"{settings.task}, router {title(settings)}"), body="\n".join(body)
@@ -1009,12 +1002,12 @@ def grid_page(entries, shown):
     lines = {}
     for entry in entries:
         losses = []
-        for of in entry.lines:
-            losses.append({line["step"]: line["loss"] for line in of if "loss" in line})
+        for run_lines in entry.lines:
+            losses.append({line["step"]: line["loss"] for line in run_lines if "loss" in line})
         lines[entry.name] = []
         for step in losses[0] if losses else ():
-            if all(step in of for of in losses):
-                lines[entry.name].append((step, float(np.mean([of[step] for of in losses]))))
+            if all(step in loss for loss in losses):
+                lines[entry.name].append((step, float(np.mean([loss[step] for loss in losses]))))
     smooth = {name: smoothed(line) for name, line in lines.items()}
     body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
     body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
@@ -1035,18 +1028,15 @@ def health(lines):
     """Pictures of the loss, the gradient's norm and every sign of the blocks, step by step."""
     pictures = []
     for name, heading in ("loss", "loss"), ("grad_norm", "gradient norm"):
-        line = [(of["step"], of[name]) for of in lines if name in of]
-        pictures.append(curves(heading, {"": line}))
-    blocks = lines[-1].get("blocks", {}) if lines else {}
-    signs = dict.fromkeys(sign for of in blocks.values() for sign in of)
-    for sign in signs:
-        by_block = {}
-        for block in blocks:
-            by_block[f"block {block}"] = [
-                (of["step"], of["blocks"][block][sign])
-                for of in lines
-                if sign in of.get("blocks", {}).get(block, {})
-            ]
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        pictures.append(curves(heading, {"": points}))
+    drawn = {}  # {sign: {block: points}}
+    for line in lines:
+        for block, signs in line.get("blocks", {}).items():
+            for sign, value in signs.items():
+                points = drawn.setdefault(sign, {}).setdefault(f"block {block}", [])
+                points.append((line["step"], value))
+    for sign, by_block in drawn.items():
         pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign)))
     return pictures
 
@@ -1097,29 +1087,19 @@ def ticks(low, high):
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def heat_map(heading, joint, names, cell=22):
-    """An SVG of joint [labels, E + 1]: of each label, the share of its tokens in each column."""
+def heat_map(heading, joint, names):
+    """A table of joint [labels, E + 1]: of each label, the share of its tokens in each column."""
     share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
     most = max(1e-9, float(share.max()))
-    experts = share.shape[1] - 1
-    x0, y0 = 150, 46
-    parts = [svg_text(4, 16, heading, more='font-weight="bold"')]
-    heads = [*map(str, range(experts)), "none"]
-    for e, head in enumerate(heads):
-        parts.append(svg_text(x0 + cell * (e + 0.5) + 6 * (e == experts), y0 - 6, head, "middle"))
-    for r, name in enumerate(names):
-        parts.append(svg_text(x0 - 6, y0 + cell * (r + 0.7), name, "end"))
-        for e, part in enumerate(share[r].tolist()):
-            x, y = x0 + cell * e + 6 * (e == experts), y0 + cell * r
-            red, green, blue = (round(255 - part / most * (255 - full)) for full in (8, 48, 107))
-            told = f"{name}, {'no expert' if e == experts else f'expert {e}'}: {part:.3f}"
-            parts.append(
-                f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" stroke="#ddd" '
-                f'fill="rgb({red},{green},{blue})"><title>{escape(told)}</title></rect>'
-            )
-    bottom = y0 + cell * len(names)
-    parts.append(svg_text(x0, bottom + 16, f"the darkest: {most:.2f}"))
-    return svg(max(290, x0 + cell * (experts + 1) + 20), bottom + 26, parts)
+    heads = [*map(str, range(share.shape[1] - 1)), "none"]
+    cells = [f"<th>{head}" for head in ("", *heads)]
+    for name, parts in zip(names, share.tolist()):
+        cells.append(f"<tr><th>{escape(name)}")
+        for head, part in zip(heads, parts):
+            style = f"background:rgba(8,48,107,{part / most:.2f})"
+            cells.append(f'<td style="{style}" title="{escape(name)}, {head}: {part:.3f}">')
+    darkest = f"<caption>{escape(heading)}; the darkest: {most:.2f}</caption>"
+    return f"<table class=map>{darkest}<tr>{''.join(cells)}</table>"
 
 
 def svg(width, height, parts):
@@ -1275,14 +1255,14 @@ class Record:
         self.first = self.first or time.perf_counter() - self.start
 
     def spent(self):
-        """Seconds and examples a second of training; a compiled first step is told apart."""
+        """Seconds and examples a second of training; a compiled first step is counted apart."""
         seconds, steps = self.seconds(), self.settings.steps
-        told = {"seconds": seconds}
+        spent = {"seconds": seconds}
         if self.settings.compile and steps > 1:
-            told["first_step_seconds"] = self.first
+            spent["first_step_seconds"] = self.first
             seconds, steps = seconds - self.first, steps - 1
         rate = self.settings.batch_size * steps / max(seconds, 1e-9)
-        return told | {f"{TASKS[self.settings.task].UNIT}_per_second": rate}
+        return spent | {f"{TASKS[self.settings.task].UNIT}_per_second": rate}
 
     def finish(self, summary, page):
         """The last lines of metrics.jsonl, the report, the summary; before anything is printed."""
@@ -1646,8 +1626,8 @@ def bench(said):
     """Forward and backward of one MoE layer, of every router or --router, in a table.
 
     In the same rounds, against what it could cost at least: a dense FFN of the experts' FLOPs, the
-    experts alone on as many slots, the tensor (einsum) form, and a plain matrix product. Times are
-    medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
+    experts alone on as many slots, and the tensor (einsum) form. Times are medians after warm-up;
+    "kept" is what the forward leaves for the backward, weights apart.
     """
     sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
     sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
@@ -1663,27 +1643,23 @@ def bench(said):
     if b.out:
         save(pathlib.Path(b.out), "")  # fails now rather than after all the timing
     b.device = pick_device(b)
-    timed_rows = []
+    measured = []
     for name in ROUTERS if b.router == "all" else [b.router]:
-        timed_rows.append(bench_router(b, name, options))
-    peak = max(of["peak_flops"] for of in timed_rows)
-    rows = []
-    for of in timed_rows:
-        ms = of["ms"]
-        rows.append({"router": of["router"], "ms": f"{ms['layer']:.1f}"})
-        for what in ("dense", "bare experts", "tensor form"):
-            rows[-1]["/ " + what] = f"{of['ratio'][what]:.2f}" if what in ms else "-"
-        rows[-1]["tokens/s"] = f"{1e3 * b.tokens / ms['layer']:,.0f}"
-        rows[-1]["% of matmul peak"] = f"{100 * of['flops_per_second'] / peak:.0f}"
-        rows[-1]["MiB kept"] = f"{of['MiB']['layer']:.0f}"
-        rows[-1]["dense MiB"] = f"{of['MiB']['dense']:.0f}"
-        rows[-1]["first step s"] = f"{of['first_step_s']:.1f}" if b.compile else "-"
+        measured.append(bench_router(b, name, options))
     if b.out:
-        save(pathlib.Path(b.out), timed_rows)
+        save(pathlib.Path(b.out), measured)
+    rows = []
+    for times in measured:
+        ratio, kept = times["ratio"], times["MiB"]
+        line = {"router": times["router"], "ms": f"{times['ms']['layer']:.1f}"}
+        for what in "dense", "bare experts", "tensor form":
+            line["/ " + what] = f"{ratio[what]:.2f}" if what in ratio else "-"
+        line["MiB kept"], line["dense MiB"] = f"{kept['layer']:.0f}", f"{kept['dense']:.0f}"
+        rows.append(line)
     say(
         f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}, "
         f"{b.experts} experts; {b.device.type}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, matmul peak {peak / 1e9:.0f} GFLOP/s, median of {b.repeats}"
+        f"{torch.__version__}, median of {b.repeats}"
     )
     say(table(rows))
 
@@ -1704,22 +1680,21 @@ def bench_router(b, name, options):
     filled = sum(routing.filled) if getattr(routing, "filled", None) else G * E * C
     layer = wrap(b, moe)
     slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
-    side = 8192 if b.device.type == "cuda" else 1024
-    square = torch.randn(side, side, device=b.device)
+
+    def run_layer(z):
+        return layer(z)[0]
 
     def tensor_form(z):
         routing = moe.router(z)
         return Routing(*routing.tensors(), routing.load).run(z, moe.experts)
 
     calls = {
-        "layer": (lambda z: layer(z)[0], x),
+        "layer": (run_layer, x),
         "dense": (dense, x.new_empty(filled, D).normal_()),
         "bare experts": (moe.experts, slots),
-        "matmul": (lambda z: z @ z, square),
     }
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
-    first = timed(b, *calls["layer"])[0]
     seconds, kept = {what: [] for what in calls}, {}
     for i in range(b.repeats + 2):
         for what, call in calls.items():
@@ -1728,19 +1703,12 @@ def bench_router(b, name, options):
             taken, kept[what] = timed(b, *call)
             if i >= 2:
                 seconds[what].append(taken)
-    seconds = {what: np.array(taken) for what, taken in seconds.items()}
-    ms = {what: 1e3 * float(np.median(taken)) for what, taken in seconds.items()}
-    ratio = {what: float(np.median(seconds["layer"] / taken)) for what, taken in seconds.items()}
-    return {
-        "router": name,
-        "options": options,
-        "ms": ms,
-        "ratio": ratio,
-        "first_step_s": first,
-        "MiB": {what: kept[what] / 2**20 for what in ("layer", "dense")},
-        "flops_per_second": 3 * 4 * filled * D * b.hidden / (ms["layer"] / 1e3),
-        "peak_flops": 3 * 2 * side**3 / seconds["matmul"].min(),
-    }
+    measured = {"router": name, "options": options, "ms": {}, "ratio": {}, "MiB": {}}
+    for what, taken in seconds.items():
+        measured["ms"][what] = 1e3 * float(np.median(taken))
+        measured["ratio"][what] = float(np.median(np.divide(seconds["layer"], taken)))
+        measured["MiB"][what] = kept[what] / 2**20
+    return measured
 
 
 def timed(b, call, x):
@@ -1863,8 +1831,8 @@ def make_parser():
     options = {}
     for name, default in OPTIONS.items():
         having = [router for router, kind in ROUTERS.items() if name in kind.defaults]
-        told = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
-        options[name] = option_kind(name, default), default, told
+        what = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
+        options[name] = option_kind(name, default), default, what
     groups = {
         "a run": SETTINGS,
         "images": moe_vision.SETTINGS,
@@ -1876,31 +1844,31 @@ def make_parser():
     }
     for heading, settings in groups.items():
         group = parser.add_argument_group(heading)
-        for name, (kind, default, told) in settings.items():
+        for name, (kind, default, what) in settings.items():
             try:
-                add_flag(group, name, kind, default, told)
+                add_flag(group, name, kind, default, what)
             except argparse.ArgumentError:
                 rule = "has the name of another flag; call it otherwise"
                 raise ValueError(f"router option {name} {rule}") from None
     return parser
 
 
-def add_flag(group, name, kind, default, told):
+def add_flag(group, name, kind, default, what):
     sizes = [task.SIZES["tiny"].get(name) for task in TASKS.values()]
     if sizes != [None, None]:
         shown = ", ".join(f"{task} {size}" for task, size in zip(TASKS, sizes) if size is not None)
-        told += f" ({shown})"
+        what += f" ({shown})"
     elif default is not None and default is not False and default != "":
-        told += f" ({default})"
-    told = told.replace("%", "%%")
+        what += f" ({default})"
+    what = what.replace("%", "%%")
     if kind is bool:
         action = argparse.BooleanOptionalAction
-        group.add_argument(flag(name), action=action, default=argparse.SUPPRESS, help=told)
+        group.add_argument(flag(name), action=action, default=argparse.SUPPRESS, help=what)
     elif isinstance(kind, tuple):
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=told, choices=kind)
+        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, choices=kind)
         group.add_argument(flag(name), **many)
     else:
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=told, type=KINDS[kind])
+        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, type=KINDS[kind])
         group.add_argument(flag(name), **many, metavar=name.split("_")[-1].upper())
 
 
@@ -1973,8 +1941,8 @@ def main(words=None):
             "memory|alloc|overflow|too large", one_line(error) + type(error).__name__, re.I
         ):
             raise
-        told = one_line(error)[:200]
-        print(f"train.py: error: these sizes do not fit into memory: {told}", file=sys.stderr)
+        why = one_line(error)[:200]
+        print(f"train.py: error: these sizes do not fit into memory: {why}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         sys.stdout.flush()
