@@ -414,10 +414,10 @@ class Text:
                 continue
             mass, pieces = labels["token"]
             for expert, share in enumerate(mass.T[:-1]):  # the last column is no expert
-                common = [
-                    pieces[i] for i in share.topk(min(12, len(share))).indices if share[i] > 0
-                ]
-                words = [repr(piece.decode("utf-8", "replace"))[1:-1] for piece in common]
+                words = []
+                for i in share.topk(min(12, len(share))).indices:
+                    if share[i] > 0:
+                        words.append(repr(pieces[i].decode("utf-8", "replace"))[1:-1])
                 lines.append(f"block {block}, expert {expert}: {' '.join(words)}")
         return "\n".join(lines)
 
@@ -511,9 +511,9 @@ class Text:
             tokens.append(ids)
             end += len(ids)
             used += int(self.bytes_of[torch.from_numpy(ids[: blocks * self.context])].sum())
-        of_blocks = [
-            np.concatenate(values).astype(np.int64) for values in (starts, document, topic)
-        ]
+        of_blocks = []
+        for values in starts, document, topic:
+            of_blocks.append(np.concatenate(values).astype(np.int64))
         self.parts[part] = np.concatenate(tokens), *of_blocks
         return used
 
@@ -537,9 +537,7 @@ def columns(summary):
         return summary.get(part, {}).get("bits_per_byte")
 
     as_generated = None
-    if bits(
-        "as_generated"
-    ):  # what seeing the future was worth, on the blocks where both were taken
+    if bits("as_generated"):  # both were taken on the same few blocks: their difference counts
         as_generated = bits("validation") + bits("as_generated") - bits("as_scored")
     return {
         "bits/byte": bits("validation"),

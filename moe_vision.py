@@ -172,9 +172,9 @@ class Images:
     image_size  pixels along an image              names             of the classes
     about       one line on the set                few_shot_classes  those held out for the probe
 
-    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn ones also "shape" [B], "kind" [B, T] and,
-    where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of the
-    step's batch, the same for every run of one seed; split(name) the batches of a part.
+    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "shape" [B], "kind"
+    [B, T] and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of
+    the step's batch, the same for every run of one seed; split(name) the batches of a part.
     """
 
     few_shot_classes = ()

@@ -21,6 +21,7 @@ checkpoint.pt, summary.json and report.html.
 """
 
 import argparse
+import collections
 import ctypes
 import datetime
 import gc
@@ -297,9 +298,11 @@ def make_router(settings, tokens=1):
 def pick_device(settings):
     """The device; also sets the type of number that torch uses from here on."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
-    here = ["cuda"] if torch.cuda.is_available() else []
-    here += ["mps"] if torch.backends.mps.is_available() else []
-    here += ["cpu"]
+    here = ["cpu"]
+    if torch.backends.mps.is_available():
+        here.insert(0, "mps")
+    if torch.cuda.is_available():
+        here.insert(0, "cuda")
     name = here[0] if settings.device == "auto" else settings.device
     if name not in here:
         raise ValueError(f"--device {name}: this machine has none; there is {', '.join(here)}")
@@ -719,12 +722,14 @@ def table(rows):
     names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
 
-    def line(texts):
-        padded = [text.ljust(width[name]) for name, text in zip(names, texts)]
-        return "| " + " | ".join(padded) + " |"
+    def line(row):
+        return "| " + " | ".join(row[name].ljust(width[name]) for name in names) + " |"
 
-    lines = [line(names), line(["-" * width[name] for name in names])]
-    lines += [line([row[name] for name in names]) for row in rows]
+    lines = [
+        line({name: name for name in names}),
+        line({name: "-" * width[name] for name in names}),
+    ]
+    lines += map(line, rows)
     return "\n".join(lines)
 
 
@@ -999,19 +1004,20 @@ def report_page(settings, data, model, summary, joints, record):
 
 def grid_page(entries, shown):
     """The page of a grid: its table, and the loss of each row, the mean over its runs."""
-    lines = {}
+    smooth = {}
     for entry in entries:
-        losses = []
-        for run_lines in entry.lines:
-            losses.append({line["step"]: line["loss"] for line in run_lines if "loss" in line})
-        lines[entry.name] = []
-        for step in losses[0] if losses else ():
-            if all(step in loss for loss in losses):
-                lines[entry.name].append((step, float(np.mean([loss[step] for loss in losses]))))
-    smooth = {name: smoothed(line) for name, line in lines.items()}
+        losses = collections.defaultdict(list)
+        for line in itertools.chain(*entry.lines):
+            if "loss" in line:
+                losses[line["step"]].append(line["loss"])
+        points = []
+        for step, of_runs in losses.items():
+            if len(of_runs) == len(entry.lines):  # a damaged line may be missing
+                points.append((step, float(np.mean(of_runs))))
+        smooth[entry.name] = smoothed(points)
     body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
     body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
-    return PAGE.format(title="Results", body=body + legend(lines) + "</div>")
+    return PAGE.format(title="Results", body=body + legend(smooth) + "</div>")
 
 
 def smoothed(line, width=0.02):
@@ -1043,11 +1049,16 @@ def health(lines):
 
 def curves(heading, lines, limits=None, width=350, height=210):
     """An SVG of lines {name: [(x, y), ...]} in one frame. limits: y that must be seen."""
-    points = [point for line in lines.values() for point in line if math.isfinite(point[1])]
-    xs, ys = [x for x, _ in points] or [0, 1], [y for _, y in points] or [0, 1]
+    xs, ys = [], []
+    for x, y in itertools.chain(*lines.values()):
+        if math.isfinite(y):
+            xs.append(x)
+            ys.append(y)
+    xs, ys = xs or [0, 1], ys or [0, 1]
     left, right = min(xs), max(xs)
     low, high = min([*ys, *(limits or ys)]), max([*ys, *(limits or ys)])
-    high = high if high > low else low + (abs(low) or 1)
+    if not high > low:
+        high = low + (abs(low) or 1)
     x0, y0, w, h = 52, 26, width - 64, height - 50
 
     def place(x, y):
@@ -1126,11 +1137,11 @@ def dashes(i):
 
 
 def legend(names):
-    rows = [
-        f'<div><span style="color:{hue(i, len(names))}">&#9632;</span> {escape(name)}</div>'
-        for i, name in enumerate(names)
-    ]
-    return "<div>" + "\n".join(rows) + "</div>"
+    rows = []
+    for i, name in enumerate(names):
+        mark = f'<span style="color:{hue(i, len(names))}">&#9632;</span>'
+        rows.append(f"<div>{mark} {escape(name)}</div>")
+    return f"<div>{''.join(rows)}</div>"
 
 
 def escape(text):
@@ -1145,11 +1156,9 @@ def picture(folders, path, count=5):
     parts = []
     for folder in folders:
         _, data, model, _ = load_run(folder)
-        parts.append(data.mosaic(model, count))
-    sheet = np.concatenate(
-        [np.pad(part, ((0, 0), (0, 12), (0, 0)), constant_values=255) for part in parts], 1
-    )
-    pathlib.Path(path).write_bytes(moe_vision.png(sheet))
+        part = data.mosaic(model, count)
+        parts.append(np.pad(part, ((0, 0), (0, 12), (0, 0)), constant_values=255))
+    pathlib.Path(path).write_bytes(moe_vision.png(np.concatenate(parts, 1)))
 
 
 # ================================================================ Later: runs that survive
@@ -1372,10 +1381,12 @@ def read_said(folder):
         said = read_json(pathlib.Path(folder) / "config.json")["said"]
         words = []
         for name, value in said.items():
-            if value is False:
+            if value is True:
+                words.append(flag(name))
+            elif value is False:
                 words.append("--no-" + flag(name)[2:])
             else:
-                words += [flag(name)] if value is True else [f"{flag(name)}={spell(value)}"]
+                words.append(f"{flag(name)}={spell(value)}")
         action, parsed = parse(words)
         if action is not None:
             raise ValueError("it holds more than settings")
@@ -1464,9 +1475,12 @@ def sample(folder, asked):
         model.load_state_dict(checkpoint["model"])
     with dropless(model) as differs:
         text = moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty())
-    notes = ["sampled dropless, trained with a capacity"] if differs else []
-    notes += [settings.remark] if settings.remark else []
-    say(text + (f"\n({'; '.join(notes)})" if notes else ""))
+    notes = [settings.remark] if settings.remark else []
+    if differs:
+        notes.append("sampled dropless, trained with a capacity")
+    if notes:
+        text += f"\n({'; '.join(notes)})"
+    say(text)
 
 
 # ================================================================ Later: many processes
@@ -1525,8 +1539,7 @@ def total(values, device, share=1):
     """{name: number} summed over all processes, divided by `share`."""
     if not dist.is_initialized() or not values:
         return values
-    numbers = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()]
-    vector = torch.stack(numbers)
+    vector = torch.stack([torch.as_tensor(value).double().to(device) for value in values.values()])
     dist.all_reduce(vector)
     return dict(zip(values, vector / share))
 
@@ -1695,7 +1708,7 @@ def bench_router(b, name, options):
     }
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
-    seconds, kept = {what: [] for what in calls}, {}
+    seconds, kept = collections.defaultdict(list), {}
     for i in range(b.repeats + 2):
         for what, call in calls.items():
             moe.zero_grad()
@@ -1716,7 +1729,9 @@ def timed(b, call, x):
     x, seen = x.detach().requires_grad_(), {}
 
     def pack(tensor):
-        base = tensor if tensor._base is None else tensor._base
+        base = tensor
+        if tensor._base is not None:
+            base = tensor._base
         if not base.is_leaf or not base.requires_grad:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
@@ -1748,10 +1763,10 @@ def number(rule, low, high, kind=float, above=False):
 
     def parse_number(text):
         value = kind(text)
-        held = low < value <= high if above else low <= value <= high
-        if not held:
-            most = f", at most {high:,}" if value > high else ""
-            raise argparse.ArgumentTypeError(f"must be {rule}{most}, got {text}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be {rule}, at most {high:,}, got {text}")
+        if not value >= low or (above and value == low):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
 
     parse_number.__name__ = "whole number" if kind is int else "number"  # in argparse's messages
@@ -1951,15 +1966,13 @@ def main(words=None):
 
 def command(words):
     action, said = parse(words)
+    one = {name: values[0] for name, values in said.items()}
     grown = any(len(values) > 1 for values in said.values()) or "all" in said.get("router", ())
     if action is None:
         for name in said:
             if name in SAMPLING or name in BENCH:
                 raise ValueError(f"{flag(name)} is for --sample or --bench")
-        if grown:
-            return grid(said)
-        return run({name: values[0] for name, values in said.items()})
-    one = {name: values[0] for name, values in said.items()}
+        return grid(said) if grown else run(one)
     if grown and not (action == "bench" and len(said) == sum(map(len, said.values()))):
         raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
     folder = one.pop(action)
