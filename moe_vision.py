@@ -37,7 +37,7 @@ POSITION_STD = 0.5  # deviation of the positions at the start; patches have entr
 
 SIZES = {  # model and budget; each entry is a setting of its own
     "tiny": dict(
-        dim=32, depth=4, heads=2, hidden=16, patch=4, experts=8, steps=3200, batch_size=32, lr=5e-3
+        dim=32, depth=4, heads=2, hidden=16, patch=4, experts=8, steps=3200, batch_size=32, lr=1e-2
     ),
     "small": dict(
         dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32, steps=10_000, batch_size=512,
