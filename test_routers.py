@@ -1154,11 +1154,11 @@ COMMON = knowing("capacity_factor")
 NOT_TOKENS = those(lambda kind: kind.chooses != "tokens")
 WRONG = [  # routers, options beside dim=4 and num_experts=3, what the message says
     (["tokens"], {}, f"unknown router 'tokens'; known: {', '.join(ROUTERS)}"),
-    (["hash"], dict(noise_std=1), "router hash has no option noise_std; it has top_k, "),
+    (["hash"], dict(noise_std=1), "Hash has no option noise_std; it has top_k, "),
     (
         ["sigmoid"],
         dict(renormalize=True),
-        "router sigmoid has no option renormalize; it has top_k, ",
+        "Sigmoid has no option renormalize; it has top_k, ",
     ),
     (["sparse_token_choice"], dict(noise_std=1), "has no option noise_std; it has top_k, "),
     (["sparse_expert_choice"], dict(noise_std=1), "has no option noise_std; it has top_k, "),
@@ -2589,7 +2589,9 @@ def test_frozen_routers_stand_still_and_random_ones_change_each_step_but_not_in_
         first = router.gate.weight.clone()
         for step in range(2):
             step_of(b, step)
-            gates.append((router.drawn if weights == "random" else router.gate).weight.clone())
+            gates.append(
+                (router.random_gate if weights == "random" else router.gate).weight.clone()
+            )
         assert torch.equal(router.gate.weight, first) != moves
         assert not torch.equal(b.model.embed.weight, embedded)
         assert torch.equal(*gates) == (weights == "frozen")

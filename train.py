@@ -314,7 +314,7 @@ def pick_device(settings):
 def build(settings, data, device):
     """The model at its start, in evaluation mode."""
 
-    def feed(block):
+    def make_feed(block):
         """What stands in that block after attention: an FFN or an MoE."""
         if block not in settings.moe_blocks:
             return ffn(settings.dim, settings.hidden)
@@ -326,9 +326,9 @@ def build(settings, data, device):
         return MoE(router, experts, shared)
 
     with torch.device("meta"):  # shapes alone: does it fit into memory?
-        check_memory(settings, data, data.build(settings, feed), device)
+        check_memory(settings, data, data.build(settings, make_feed), device)
     torch.manual_seed(seeded(settings.seed, "weights").initial_seed())
-    return data.build(settings, feed).to(device).eval()
+    return data.build(settings, make_feed).to(device).eval()
 
 
 def ffn(dim, width):
@@ -1468,8 +1468,8 @@ def sample(folder, asked):
     device = pick_device(settings)
     with reading(folder, "is no run", "cannot be read as a run"):
         known = SimpleNamespace(tokens=settings.context)
-        known.build = lambda settings, feed: moe_tokens.build_gpt(
-            settings, len(tokenizer.pieces), ["any"], feed
+        known.build = lambda settings, make_feed: moe_tokens.build_gpt(
+            settings, len(tokenizer.pieces), ["any"], make_feed
         )
         model = build(settings, known, device)
         model.load_state_dict(checkpoint["model"])
