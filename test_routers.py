@@ -1709,7 +1709,7 @@ def built(*flags, small=SMALL):
     data = train.TASKS[settings.task].load(settings, device)
     model = train.build(settings, data, device)
     b = SimpleNamespace(settings=settings, device=device, data=data, model=model)
-    b.gflops = train.look(settings, data, model)
+    b.gflops = train.measure_flops(settings, data, model)
     b.optimizer = train.make_optimizer(settings, model, device)
     return b
 

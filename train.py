@@ -11,8 +11,9 @@
     torchrun --nproc-per-node 8 train.py ...    the same run in many processes
     python train.py --help                      every setting
 
-Read in order: the settings, then `run`, the whole life of one run, then what it calls. Sections
-marked "Later" stand for themselves; skip them on a first reading.
+Read in order: the settings, then `run`, the whole life of one run, then what it calls. Skip the
+sections marked "Later" on a first reading: of Record, signals, wrap and total, which `run` takes
+from there, the docstrings are enough.
 
 Every random draw comes from (seed, step, what for): one seed fixes data, weights and order, and no
 random state has to be kept. So a resumed run is the same run. Of many processes, each draws the
@@ -147,7 +148,7 @@ def run(said, folder=None, resume=False):
     task = TASKS[settings.task]
     data = task.load(settings, device, folder if resume else None)
     model = build(settings, data, device)
-    gflops = look(settings, data, model)
+    gflops = measure_flops(settings, data, model)
     optimizer = make_optimizer(settings, model, device)
 
     with Record(settings, said, folder) as record:
@@ -162,7 +163,7 @@ def run(said, folder=None, resume=False):
                 due = last or (step + 1) % settings.log_every == 0
                 stepped = train_step(settings, data, trained, optimizer, step, due, caught)
                 step, stop = step + 1, stepped.stop
-                record.time_first_step()
+                record.note_first_step()
                 bar.update()
                 if due:
                     line = numbers(data.metrics(stepped.sums) | stepped.losses)
@@ -171,11 +172,11 @@ def run(said, folder=None, resume=False):
                 if last or stop or step % settings.save_every == 0:
                     check_sound(data, model, step)
                     record.save(step, model, optimizer)
-            stop = bool(total({"stop": len(caught)}, device)["stop"])  # also in the last step
+            stop = bool(total({"stop": len(caught)}, device)["stop"])  # one may have come since
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
             say(f"{done}; --resume {record.folder} goes on from there")
-            return 128 + (caught or [signal.SIGTERM])[0]
+            return 128 + (caught or [signal.SIGTERM])[0]  # none: another process caught it
         spent = record.spent()
         if processes()[0] == 0:
             summary, joints = conclude(settings, data, model, device)
@@ -194,13 +195,13 @@ def settle(said):
     """
     settings = filled(said)
     default = filled({name: said[name] for name in MODES if name in said})
-    for name, why in unused(said).items():
+    for name, why in unused(said).items():  # to say aloud what holds anyway does no harm
         if not hasattr(default, name) or said[name] != getattr(default, name):
             raise ValueError(why)
     check(settings, said)
     with torch.device("meta"):  # a look at it, without its memory
         router = None if settings.router == "dense" else make_router(settings)
-    settings.remark = TASKS[settings.task].settle(settings, router, said)
+    settings.remark = TASKS[settings.task].settle(settings, router, said)  # such as "leaky", or ""
     return settings
 
 
@@ -214,7 +215,9 @@ def filled(said):
     if kind:
         values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
-        values["balance"] = "none"  # there is nothing to balance with
+        values["balance"] = (
+            "none"  # such a gate learns nothing, so there is nothing to balance with
+        )
     return SimpleNamespace(**(values | said))
 
 
@@ -227,7 +230,8 @@ def options_of(kind):
 
 def unused(said):
     """{setting said: why it means nothing here}. A run refuses it, a grid leaves it out."""
-    settings, found = filled(said), {}
+    settings = filled(said)
+    found = {}  # reasons by setting, said or not; the last line keeps those that were said
     name, task = settings.router, TASKS[settings.task]
     kind = ROUTERS.get(name)
     options, offered = options_of(kind), kind.offers if kind else ()
@@ -274,7 +278,7 @@ def check(settings, said):
             raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
         experts = s.experts if s.dense_match == "total" else s.top_k
         s.width = s.hidden * (experts + s.shared)
-        s.experts = s.top_k = s.shared = None  # the width says it all: equal models, equal runs
+        s.experts = s.top_k = s.shared = None  # so that a grid sees: equal widths are equal runs
     if s.balance == "bias" and not s.bias_rate:
         if "bias_rate" in said:
             raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
@@ -340,12 +344,12 @@ def check_memory(settings, data, model, device):
     if device.type != "cpu":
         return
     examples = settings.batch_size // settings.grad_accum // processes()[1]
-    numbers = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
-    numbers += examples * data.tokens * settings.dim * 4 * settings.depth
+    count = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
+    count += examples * data.tokens * settings.dim * 4 * settings.depth
     for moe in moes(model):
         slots = moe.router.num_experts * (moe.router.capacity(data.tokens) or 1)
-        numbers += 2 * examples * slots * settings.hidden
-    wanted = numbers * torch.get_default_dtype().itemsize / 1e9
+        count += 2 * examples * slots * settings.hidden
+    wanted = count * torch.get_default_dtype().itemsize / 1e9
     if wanted > memory_gb():
         has = f"this machine has {memory_gb():,.0f} GB"
         raise ValueError(f"these sizes need at least {wanted:,.0f} GB of memory, {has}")
@@ -359,13 +363,13 @@ def memory_gb():
 
 
 @torch.no_grad()
-def look(settings, data, model):
-    """GFLOPs of one example's forward. What does not fit fails here, not after training."""
+def measure_flops(settings, data, model):
+    """GFLOPs of one example's forward."""
     batch = next(iter(data.split(TASKS[settings.task].SPLITS[0])))
     one = {name: value[:1] for name, value in batch.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, _, routings = data.loss(model, one)
-    examine(data, one, 0, routings)
+    examine(data, one, 0, routings)  # labels that do not fit fail here, not after training
     return counter.get_total_flops() / 1e9
 
 
@@ -440,7 +444,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    distinct = dict.fromkeys(moe.router for moe in moes(model))  # blocks may share one
+    # In the order of once(routings): blocks that share a router share its routing.
+    distinct = dict.fromkeys(moe.router for moe in moes(model))
     for i, router in enumerate(distinct):
         generator = seeded(settings.seed, step + 1, "router", i)
         router.update([of_part[i] for of_part in seen], generator)
@@ -541,8 +546,7 @@ def evaluate(settings, data, model, split):
     for batch in waiting(data.split(split), f"evaluating on {split}"):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
-        for name, value in (counts | {"loss": loss * counts["count"]}).items():
-            add(sums, {name: float(value)})
+        add(sums, numbers(counts | {"loss": loss * counts["count"]}))
         for block, of_block in statistics(routings).items():
             add(signs.setdefault(block, {}), of_block)
         add(loads, {block: routing.load for block, routing in routings.items()})
@@ -596,10 +600,10 @@ def tell(settings, data, model, summary, joints):
     """Print what a run found."""
     say(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
     rows = []
+    heads = "NMI", "by chance", "95 % of chance"
     for block, labels in summary["specialisation"].items():
-        for label, (value, mean, bound) in labels.items():
-            numbers = {"NMI": value, "by chance": mean, "95 % of chance": bound}
-            texts = {name: f"{number:.3f}" for name, number in numbers.items()}
+        for label, values in labels.items():
+            texts = {head: f"{value:.3f}" for head, value in zip(heads, values)}
             rows.append({"block": str(block), "experts know of": label, **texts})
     if rows:
         say(table(rows))
@@ -638,20 +642,12 @@ def show(bar, line):
 
 # ================================================================ Later: the table
 DECIMALS = {  # of a column; 1 where it is not named
-    "bits/byte": 3,
-    "dropless": 3,
-    "as generated": 3,
-    "perplexity": 2,
-    "bytes/token": 2,
-    "load max/mean": 2,
-    "slots/token": 2,
+    **dict.fromkeys(
+        ("vocabulary", "parameters", "active", "seconds", "images/s", "sequences/s"), 0
+    ),
+    **dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2),
+    **dict.fromkeys(("bits/byte", "dropless", "as generated"), 3),
     "GFLOPs": 4,
-    "vocabulary": 0,
-    "parameters": 0,
-    "active": 0,
-    "seconds": 0,
-    "images/s": 0,
-    "sequences/s": 0,
 }
 CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to tell
 KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "topic")
@@ -666,7 +662,7 @@ def row(summaries, task, known=False):
     of_runs = [cells(summary, task, known) for summary in summaries]
     texts = {}
     for name in of_runs[0]:
-        values = [cells_of_run[name] for cells_of_run in of_runs]
+        values = [found[name] for found in of_runs]
         decimals = 3 if name.startswith("NMI") else DECIMALS.get(name, 1)
         texts[name] = spell_cell(values, decimals, spread=name not in CONSTANT)
     return texts
@@ -694,7 +690,7 @@ def cells(summary, task, known):
 
 
 def spell_cell(values, decimals, spread):
-    """The values of one column in all runs of a row, as text."""
+    """One column of a row as text: values as cells() gives them, one a run."""
 
     def spell(number):
         return f"{number:,.{decimals}f}"
@@ -725,12 +721,8 @@ def table(rows):
     def line(row):
         return "| " + " | ".join(row[name].ljust(width[name]) for name in names) + " |"
 
-    lines = [
-        line({name: name for name in names}),
-        line({name: "-" * width[name] for name in names}),
-    ]
-    lines += map(line, rows)
-    return "\n".join(lines)
+    rule = {name: "-" * width[name] for name in names}
+    return "\n".join(map(line, [dict(zip(names, names)), rule, *rows]))
 
 
 def results(folder):
@@ -757,7 +749,8 @@ def results(folder):
         summaries = [done.summary for done in group.values()]
         texts = {"router": title(first.settings)}
         texts |= {name: spell_setting(first, name) for name in axes}
-        entry = SimpleNamespace(name=" ".join(text for text in texts.values() if text != "-"))
+        name = " ".join(text for text in texts.values() if text != "-")  # in the picture's legend
+        entry = SimpleNamespace(name=name)
         texts |= {"recipe": recipe(first.settings, axes), "seeds": str(len(group))}
         entry.texts = texts | row(summaries, task, known=True)
         entry.scores = [score(summary, task) for summary in summaries]
@@ -829,11 +822,12 @@ def recipe(settings, axes):
 
 
 def rank(entries, task, digits):
-    """Fill in the column "to the best": a difference within both deviations is a tie."""
-    best = entries[0]
-    for entry in reversed(entries):
-        if "(leaky)" not in entry.texts["router"]:
-            best = entry
+    """Fill in the column "to the best" of entries, best first. A leaky one is never the best.
+
+    A difference is a tie if it is at most sqrt(a^2 + b^2), of the two deviations a and b.
+    """
+    fair = [entry for entry in entries if "(leaky)" not in entry.texts["router"]]
+    best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
         spread = math.hypot(deviation(entry.scores), deviation(best.scores))
@@ -886,23 +880,28 @@ def specialisation(settings, data, model):
 
 
 def examine(data, batch, start, routings):
-    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens."""
+    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens.
+
+    unit: the number of the document, image or token that the label belongs to, as a whole.
+    """
     found = {}
     for name, (label, unit, names) in data.labels(batch, start).items():
-        known = label.flatten() >= 0
+        labelled = label.flatten() >= 0
         for block, routing in routings.items():
             mass = routing.mass().float().cpu()
-            mass = mass.reshape(len(label), -1, mass.shape[-1])  # [B, T, E]; [B, 1, E] of sequences
-            if mass.shape[1] not in (1, label.shape[1]):
+            mass = mass.reshape(len(label), -1, mass.shape[-1])
+            routed = mass.shape[1]  # in an example: T tokens, or one whole sequence
+            if routed not in (1, label.shape[1]):
                 rule = f"labels of {label.shape[1]} tokens an example do not fit a routing"
-                raise ValueError(f"{rule} of {mass.shape[1]}")
-            dealt = unit
-            if unit is not None and mass.shape[1] < len(unit[0].unique()):
-                sequence = start + torch.arange(len(label))  # what is routed whole is dealt whole
-                dealt = sequence[:, None].expand_as(label)
-            mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)
-            units = None if dealt is None else dealt.flatten()[known]
-            found[block, name, tuple(names)] = mass[known], label.flatten()[known], units
+                raise ValueError(f"{rule} of {routed}")
+            of_routing = unit
+            if unit is not None and routed < len(unit[0].unique()):  # a sequence has many labels,
+                sequence = start + torch.arange(len(label))  # but one routing: it is the unit
+                of_routing = sequence[:, None].expand_as(label)
+            if unit is not None:
+                of_routing = of_routing.flatten()[labelled]
+            mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)[labelled]
+            found[block, name, tuple(names)] = mass, label.flatten()[labelled], of_routing
     return found
 
 
@@ -975,15 +974,16 @@ SIGNS = {  # headings; a sign that statistics() adds is drawn under its own name
     "entropy": "entropy of the gates: 1 is uniform",
     "router_gradient": "norm of the router's gradient",
 }
+DASHES = ("none", "6 3", "2 3", "8 3 2 3")  # tell lines apart that lie over one another
 LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a picture shows at least
 
 
 def report_page(settings, data, model, summary, joints, record):
     """The page of one run, HTML that needs no network."""
     lines = read_lines(record.folder)
-    cells = row([summary], TASKS[settings.task])
+    texts = row([summary], TASKS[settings.task])
     body = ["<div class=wide><table>"]
-    for name, text in {"data": data.about, "seed": str(settings.seed), **cells}.items():
+    for name, text in {"data": data.about, "seed": str(settings.seed), **texts}.items():
         if text != "-":
             body.append(f"<tr><th>{escape(name)}<td>{escape(text)}")
     body.append("</table></div>")
@@ -1061,35 +1061,38 @@ def curves(heading, lines, limits=None, width=350, height=210):
         high = low + (abs(low) or 1)
     x0, y0, w, h = 52, 26, width - 64, height - 50
 
-    def place(x, y):
-        across = (x - left) / ((right - left) or 1)
-        return f"{x0 + w * across:.1f},{y0 + h - h * (y - low) / (high - low):.1f}"
+    def across(x):
+        return x0 + w * (x - left) / ((right - left) or 1)
+
+    def up(y):
+        return y0 + h * (high - y) / (high - low)
 
     parts = [svg_text(x0, 16, heading, more='font-weight="bold"')]
     parts.append(f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#999"/>')
     for tick in ticks(low, high):
-        y = float(place(left, tick).split(",")[1])
-        parts.append(f'<path d="M{x0},{y}h{w}" stroke="#ddd"/>')
-        parts.append(svg_text(x0 - 5, y + 4, f"{tick:.4g}", "end"))
+        parts.append(f'<path d="M{x0},{up(tick):.1f}h{w}" stroke="#ddd"/>')
+        parts.append(svg_text(x0 - 5, up(tick) + 4, f"{tick:.4g}", "end"))
     for tick in ticks(left, right):
-        x = float(place(tick, low).split(",")[0])
-        parts.append(svg_text(x, y0 + h + 16, f"{tick:.6g}", "middle"))
+        parts.append(svg_text(across(tick), y0 + h + 16, f"{tick:.6g}", "middle"))
     for i, (name, line) in enumerate(lines.items()):
-        drawn = " ".join(place(*point) for point in line if math.isfinite(point[1]))
-        style = f'stroke="{hue(i, len(lines))}" stroke-width="1.5" stroke-dasharray="{dashes(i)}"'
+        drawn = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line if math.isfinite(y))
+        dashes = DASHES[i % len(DASHES)]
+        style = f'stroke="{hue(i, len(lines))}" stroke-width="1.5" stroke-dasharray="{dashes}"'
         label = f"<title>{escape(name)}</title>"
         parts.append(f'<polyline points="{drawn}" fill="none" {style}>{label}</polyline>')
         if 1 < len(lines) <= 6:
             x = x0 + w - 8
             parts.append(svg_text(x, y0 + 14 + 14 * i, name, "end", f'fill="{hue(i, len(lines))}"'))
-    return svg(width, height, parts)
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
+    return f"<svg {style} {size}>{''.join(parts)}</svg>"
 
 
 def ticks(low, high):
     """Three to six round numbers from low to high."""
     if not high > low:
         return [low]
-    step = 10 ** math.floor(math.log10((high - low) or 1))
+    step = 10 ** math.floor(math.log10(high - low))
     while (high - low) / step > 5:
         step *= 2
     while (high - low) / step < 2:
@@ -1103,22 +1106,14 @@ def heat_map(heading, joint, names):
     share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
     most = max(1e-9, float(share.max()))
     heads = [*map(str, range(share.shape[1] - 1)), "none"]
-    cells = [f"<th>{head}" for head in ("", *heads)]
-    for name, parts in zip(names, share.tolist()):
-        cells.append(f"<tr><th>{escape(name)}")
-        for head, part in zip(heads, parts):
-            style = f"background:rgba(8,48,107,{part / most:.2f})"
-            cells.append(f'<td style="{style}" title="{escape(name)}, {head}: {part:.3f}">')
+    parts = [f"<th>{head}" for head in ("", *heads)]
+    for name, values in zip(names, share.tolist()):
+        parts.append(f"<tr><th>{escape(name)}")
+        for head, value in zip(heads, values):
+            style = f"background:rgba(8,48,107,{value / most:.2f})"
+            parts.append(f'<td style="{style}" title="{escape(name)}, {head}: {value:.3f}">')
     darkest = f"<caption>{escape(heading)}; the darkest: {most:.2f}</caption>"
-    return f"<table class=map>{darkest}<tr>{''.join(cells)}</table>"
-
-
-def svg(width, height, parts):
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-    )
-    return head + "".join(parts) + "</svg>"
+    return f"<table class=map>{darkest}<tr>{''.join(parts)}</table>"
 
 
 def svg_text(x, y, words, anchor="start", more=""):
@@ -1129,11 +1124,6 @@ def svg_text(x, y, words, anchor="start", more=""):
 def hue(i, count):
     """The colour of line i of so many; a lone line is grey."""
     return "#444444" if count == 1 else "rgb{}".format(color(i, count, lightness=0.4))
-
-
-def dashes(i):
-    """Lines over one another are told apart by their dashes."""
-    return ("none", "6 3", "2 3", "8 3 2 3")[i % 4]
 
 
 def legend(names):
@@ -1260,7 +1250,7 @@ class Record:
     def seconds(self):
         return self.before + time.perf_counter() - self.start
 
-    def time_first_step(self):
+    def note_first_step(self):
         self.first = self.first or time.perf_counter() - self.start
 
     def spent(self):
@@ -1495,8 +1485,10 @@ def process_group():
         if not os.environ.get(name, "").isdigit():
             value = os.environ.get(name)
             raise ValueError(f"torchrun sets {name} to a whole number, got {name}={value}")
+    # Hours: in a grid, the others wait while process 0 evaluates a run.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    # All that routers.py needs to know of other processes.
     alone = routers.draw_noise, routers.mean_over_processes
     routers.draw_noise, routers.mean_over_processes = whole_noise, mean_over_processes
     try:
@@ -1559,21 +1551,21 @@ def whole_noise(logits):
 
 
 # ================================================================ Later: grids
-def grid(said):
-    """Every combination of the values said, {setting: [values]}: a run folder each below --out.
+def grid(lists):
+    """Every combination of lists, {setting: [values]}: a run folder each, below --out.
 
     Finished runs are kept, unfinished ones go on, equal ones are one. Ends with the table.
     """
     for name in ("out", "device", "log_every", "save_every", "task"):
-        if len(said.get(name, ())) > 1:
-            raise ValueError(f"{flag(name)} takes one value, got {len(said[name])}")
-    every = "all" in said.get("router", ())
+        if len(lists.get(name, ())) > 1:
+            raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
+    every = "all" in lists.get("router", ())
     if every:
-        said = said | {"router": ["dense", *ROUTERS]}
-        said.setdefault("dense_match", ["active", "total"])
-    task = said.get("task", [SETTINGS["task"][1]])[0]
-    out = pathlib.Path(said.get("out", [f"runs/grid-{task}"])[0])
-    runs = grid_runs(said, every)
+        lists = lists | {"router": ["dense", *ROUTERS]}
+        lists.setdefault("dense_match", ["active", "total"])
+    task = lists.get("task", [SETTINGS["task"][1]])[0]
+    out = pathlib.Path(lists.get("out", [f"runs/grid-{task}"])[0])
+    runs = grid_runs(lists, every)
     out.mkdir(parents=True, exist_ok=True)
     status = 0
     for code, (name, cell) in tqdm(runs.items(), desc="grid", dynamic_ncols=True):
@@ -1596,19 +1588,20 @@ def grid(said):
     return status
 
 
-def grid_runs(said, every):
+def grid_runs(lists, every):
     """{code: (name, said of one run)}. ValueError for a setting or combination that no run takes.
 
     every: with --router all, routers that cannot take the settings are left out.
     """
-    axes = [name for name, values in said.items() if len(values) > 1]
-    runs, used, reasons, failed = {}, set(), {}, []
-    for values in itertools.product(*said.values()):
-        cell = dict(zip(said, values))
+    axes = [name for name, values in lists.items() if len(values) > 1]
+    runs, failed = {}, []
+    meant, idle = set(), {}  # settings that mean something in some cell, and why in others not
+    for values in itertools.product(*lists.values()):
+        cell = dict(zip(lists, values))
         router = cell.get("router", SETTINGS["router"][1])
-        without = unused(cell)
-        reasons |= without
-        cell = {name: value for name, value in cell.items() if name not in without}
+        here = unused(cell)
+        idle |= here
+        cell = {name: value for name, value in cell.items() if name not in here}
         try:
             settings = settle(cell)
         except ValueError as error:
@@ -1618,7 +1611,7 @@ def grid_runs(said, every):
                 continue
             at = " ".join(f"{flag(name)} {spell(cell[name])}" for name in axes if name in cell)
             raise ValueError(f"{at}: {error}") from None
-        used |= set(cell)
+        meant |= set(cell)
         config = json.dumps(of_result(settings), sort_keys=True)
         code = hashlib.sha256(config.encode()).hexdigest()[:8]
         parts = [settings.router]
@@ -1628,8 +1621,8 @@ def grid_runs(said, every):
         runs[code] = "-".join([*parts, f"seed_{settings.seed}"]), cell
     if not runs:
         raise ValueError(f"no router takes these settings; {failed[0]}")
-    for name, why in reasons.items():
-        if name not in used:
+    for name, why in idle.items():
+        if name not in meant:
             raise ValueError(why)
     return runs
 
@@ -1758,14 +1751,14 @@ def synchronize(device):
 
 
 # ================================================================ Later: the command line
-def number(rule, low, high, kind=float, above=False):
-    """A parser of numbers from `low` (or above it) to `high`, which names its rule."""
+def number_parser(rule, low, high, kind=float):
+    """A parser of numbers from `low` to `high`, which names its rule."""
 
     def parse_number(text):
         value = kind(text)
         if value > high:
             raise argparse.ArgumentTypeError(f"must be {rule}, at most {high:,}, got {text}")
-        if not value >= low or (above and value == low):
+        if not value >= low:  # nor NaN
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
 
@@ -1777,11 +1770,11 @@ def capacity(text):
     return None if text == "none" else KINDS["positive"](text)
 
 
-def blocks(text):
+def block_list(text):
     return sorted({int(n) for n in text.split(",") if n.strip()})
 
 
-def path(text):
+def path_text(text):
     if not text:
         raise argparse.ArgumentTypeError("is empty; say a path or leave the flag away")
     return text
@@ -1794,18 +1787,18 @@ def router_name(text):
     return text
 
 
-capacity.__name__, blocks.__name__ = "number", "list such as 1,3"
+capacity.__name__, block_list.__name__ = "number", "list such as 1,3"
 KINDS = {
-    "whole": number("a whole number >= 1", 1, 10**7, int),
-    "few": number("a whole number >= 1", 1, 4096, int),
-    "count": number("a whole number >= 0", 0, 4096, int),
-    "integer": number("a whole number", -(2**63), 2**63 - 1, int),
-    "positive": number("a positive number", 0, sys.float_info.max, above=True),
-    "at_least_0": number("a number >= 0", 0, sys.float_info.max),
-    "share": number("a share from 0 up to 1", 0, 1 - 1e-9),
+    "whole": number_parser("a whole number >= 1", 1, 10**7, int),
+    "few": number_parser("a whole number >= 1", 1, 4096, int),
+    "count": number_parser("a whole number >= 0", 0, 4096, int),
+    "integer": number_parser("a whole number", -(2**63), 2**63 - 1, int),
+    "positive": number_parser("a positive number", math.ulp(0.0), sys.float_info.max),
+    "at_least_0": number_parser("a number >= 0", 0, sys.float_info.max),
+    "share": number_parser("a share from 0 up to 1", 0, 1 - 1e-9),
     "capacity": capacity,
-    "blocks": blocks,
-    "path": path,
+    "blocks": block_list,
+    "path": path_text,
     "router": router_name,
     "text": str,
 }
@@ -1889,12 +1882,12 @@ def add_flag(group, name, kind, default, what):
 
 def parse(words):
     """The command line -> an action or None, and what it says, {setting: [values]}."""
-    said = vars(make_parser().parse_args(words))
-    said = {name: value if isinstance(value, list) else [value] for name, value in said.items()}
-    actions = [name for name in ACTIONS if said.get(name, [False]) != [False]]
+    lists = vars(make_parser().parse_args(words))
+    lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
+    actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
     if len(actions) > 1:
         raise ValueError(f"one at a time: {', '.join(flag(name) for name in actions)}")
-    return (actions[0] if actions else None), said
+    return (actions[0] if actions else None), lists
 
 
 class Outlet:
@@ -1965,31 +1958,31 @@ def main(words=None):
 
 
 def command(words):
-    action, said = parse(words)
-    one = {name: values[0] for name, values in said.items()}
-    grown = any(len(values) > 1 for values in said.values()) or "all" in said.get("router", ())
+    action, lists = parse(words)
+    said = {name: values[0] for name, values in lists.items()}
+    grown = any(len(values) > 1 for values in lists.values()) or "all" in lists.get("router", ())
     if action is None:
-        for name in said:
+        for name in lists:
             if name in SAMPLING or name in BENCH:
                 raise ValueError(f"{flag(name)} is for --sample or --bench")
-        return grid(said) if grown else run(one)
-    if grown and not (action == "bench" and len(said) == sum(map(len, said.values()))):
+        return grid(lists) if grown else run(said)
+    if grown and not (action == "bench" and len(lists) == sum(map(len, lists.values()))):
         raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
-    folder = one.pop(action)
+    folder = said.pop(action)
     if action == "bench":
-        bench(one)
+        bench(said)
     elif action == "resume":
-        return run(going_on(pathlib.Path(folder), one), pathlib.Path(folder), resume=True)
+        return run(going_on(pathlib.Path(folder), said), pathlib.Path(folder), resume=True)
     elif action == "table":
-        beside(action, one, ())
+        beside(action, said, ())
         results(folder)
     elif action == "eval":
-        beside(action, one, ("device",))
-        evaluate_again(folder, one.get("device", "auto"))
+        beside(action, said, ("device",))
+        evaluate_again(folder, said.get("device", "auto"))
     else:
-        beside(action, one, ("device", "seed", "task", *SAMPLING))
+        beside(action, said, ("device", "seed", "task", *SAMPLING))
         asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
-        sample(folder, SimpleNamespace(**(asked | one)))
+        sample(folder, SimpleNamespace(**(asked | said)))
     return 0
 
 
@@ -2000,10 +1993,12 @@ def beside(action, said, allowed):
 
 
 def going_on(folder, said):
-    """What is said of a run that goes on. ValueError for settings of another result."""
+    """What is said of a run that goes on. ValueError for settings of another result, and --out."""
     before = read_said(folder)
     had = settle(before)
     for name, value in said.items():
+        if name == "out":
+            raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
         if name not in FREE | {"steps"} and getattr(had, name, None) != value:
             asked, has = f"{flag(name)} {spell(value)}", spell(getattr(had, name, None))
             raise ValueError(f"{asked} contradicts the run in {folder}, which has {has}")
