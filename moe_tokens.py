@@ -29,10 +29,10 @@ from torch import nn
 
 from routers import MoE, color, seeded, send
 
-UNIT = "sequences"  # what is counted a second
-SPLITS = ("validation",)  # the parts that are evaluated; the last one is for the table
+UNIT = "sequences"  # speed is told in these a second
+SPLITS = ("validation",)  # what is evaluated; the last one is for the table
 EXAMINED = "all"  # experts are examined on both parts: to tell topics takes many documents
-MORE_IS_BETTER = False  # of the first of columns()
+MORE_IS_BETTER = False  # is a larger number better in the first of columns()?
 POSITION_STD = 0.02  # deviation of positions and embeddings at the start, as in GPT-2
 UNSCORED = -100  # the label of a position that is not scored
 
@@ -147,8 +147,8 @@ class GPT(nn.Module):
         return moe.router(x[:, : self.prefix].mean(1)[None], key[None, :, 0])
 
 
-def build_gpt(settings, vocab_size, topics, feed):
-    """The GPT; feed(block) gives each block its FFN or MoE."""
+def build_gpt(settings, vocab_size, topics, make_feed):
+    """The GPT; make_feed(block) gives each block its FFN or MoE."""
     if settings.hash_key == "topic" and not topics:
         raise ValueError(
             "--hash-key topic needs text in at least two topics: folders below --data, "
@@ -156,7 +156,7 @@ def build_gpt(settings, vocab_size, topics, feed):
         )
     if settings.router == "hash" and settings.num_keys is None:
         settings.num_keys = len(topics) if settings.hash_key == "topic" else vocab_size
-    feeds = [feed(block) for block in range(settings.depth)]
+    feeds = [make_feed(block) for block in range(settings.depth)]
     prefix = settings.prefix if settings.pool == "prefix" else None
     s = settings
     return GPT(vocab_size, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
@@ -291,9 +291,9 @@ class Text:
         """Tokens in a block."""
         return self.context
 
-    def build(self, settings, feed):
-        """The GPT; feed(block) gives each block its FFN or MoE."""
-        return build_gpt(settings, self.vocab_size, self.topics, feed)
+    def build(self, settings, make_feed):
+        """The GPT; make_feed(block) gives each block its FFN or MoE."""
+        return build_gpt(settings, self.vocab_size, self.topics, make_feed)
 
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order."""
@@ -351,16 +351,16 @@ class Text:
         """
         mean = sums["loss"] / sums["count"]
         perplexity = mean.exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
-        told = {"loss": mean, "perplexity": perplexity}
+        found = {"loss": mean, "perplexity": perplexity}
         if "bytes" in sums:
-            told["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
-        return told
+            found["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
+        return found
 
     def labels(self, batch, start):
-        """What an expert's choice may tell: {name: (label [B, T], unit [B, T], the labels' names)}.
+        """What an expert's choice may go by: {name: (label [B, T], unit [B, T], names of labels)}.
 
-        A unit is that on which the label is constant, None where no NMI is wanted; -1 is no label.
-        `start` blocks came before this batch.
+        unit: the number of the document or token that has this one label; None where no NMI is
+        wanted. Label -1 is none. `start` blocks came before this batch.
         """
         if self.tokenizer is None:
             return {}
@@ -395,8 +395,8 @@ class Text:
             label = batch["label"][:, end - 1]
             generated += F.cross_entropy(logits[:, -1], label, reduction="sum")
         for name, loss in ("as_scored", scored * counts["count"]), ("as_generated", generated):
-            told = self.metrics(counts | {"loss": loss})
-            facts[name] = {name: float(value) for name, value in told.items()}
+            metrics = self.metrics(counts | {"loss": loss})
+            facts[name] = {name: float(value) for name, value in metrics.items()}
         return facts
 
     def files(self):
@@ -407,17 +407,17 @@ class Text:
         return {"tokenizer.json": [lexeme.decode("latin-1") for lexeme in lexemes]}
 
     def tell(self, model, joints):
-        """What is printed of the experts at the end of a run: the commonest tokens of each."""
+        """What is printed of the experts at the end: the commonest tokens of each."""
         lines = []
-        for block, of in joints.items():
-            if "token" not in of:
+        for block, labels in joints.items():
+            if "token" not in labels:
                 continue
-            mass, pieces = of["token"]
+            mass, pieces = labels["token"]
             for expert, share in enumerate(mass.T[:-1]):  # the last column is no expert
-                common = [
-                    pieces[i] for i in share.topk(min(12, len(share))).indices if share[i] > 0
-                ]
-                words = [repr(piece.decode("utf-8", "replace"))[1:-1] for piece in common]
+                words = []
+                for i in share.topk(min(12, len(share))).indices:
+                    if share[i] > 0:
+                        words.append(repr(pieces[i].decode("utf-8", "replace"))[1:-1])
                 lines.append(f"block {block}, expert {expert}: {' '.join(words)}")
         return "\n".join(lines)
 
@@ -511,9 +511,9 @@ class Text:
             tokens.append(ids)
             end += len(ids)
             used += int(self.bytes_of[torch.from_numpy(ids[: blocks * self.context])].sum())
-        of_blocks = [
-            np.concatenate(values).astype(np.int64) for values in (starts, document, topic)
-        ]
+        of_blocks = []
+        for values in starts, document, topic:
+            of_blocks.append(np.concatenate(values).astype(np.int64))
         self.parts[part] = np.concatenate(tokens), *of_blocks
         return used
 
@@ -537,9 +537,7 @@ def columns(summary):
         return summary.get(part, {}).get("bits_per_byte")
 
     as_generated = None
-    if bits(
-        "as_generated"
-    ):  # what seeing the future was worth, on the blocks where both were taken
+    if bits("as_generated"):  # both were taken on the same few blocks: their difference counts
         as_generated = bits("validation") + bits("as_generated") - bits("as_scored")
     return {
         "bits/byte": bits("validation"),

@@ -29,15 +29,15 @@ from torch import nn
 
 from routers import MoE, color, seeded, send
 
-UNIT = "images"  # what is counted a second
-SPLITS = ("validation", "test")  # the parts that are evaluated; the last one is for the table
-EXAMINED = "test"  # the part on which we ask what experts specialise in
-MORE_IS_BETTER = True  # of the first of columns()
+UNIT = "images"  # speed is told in these a second
+SPLITS = ("validation", "test")  # what is evaluated; the last one is for the table
+EXAMINED = "test"  # the split on which we ask what experts specialise in
+MORE_IS_BETTER = True  # is a larger number better in the first of columns()?
 POSITION_STD = 0.5  # deviation of the positions at the start; patches have entries of about 1
 
 SIZES = {  # model and budget; each entry is a setting of its own
     "tiny": dict(
-        dim=32, depth=4, heads=2, hidden=16, patch=4, experts=8, steps=3200, batch_size=32, lr=5e-3
+        dim=32, depth=4, heads=2, hidden=16, patch=4, experts=8, steps=3200, batch_size=32, lr=1e-2
     ),
     "small": dict(
         dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32, steps=10_000, batch_size=512,
@@ -105,7 +105,7 @@ class ViT(nn.Module):
         return self.head(x if self.patchwise else x.mean(1)), routings
 
     def patches(self, images):
-        """What is known of each patch in the end, [B, T, D], and the routings."""
+        """The final features of each patch, [B, T, D], and the routings."""
         x = F.pixel_unshuffle(images, self.patch).flatten(2).mT  # [B, T, 3 * patch^2]
         x = self.embed(x) + self.position
         routings = {}
@@ -119,9 +119,7 @@ class ViT(nn.Module):
         if not self.together:
             return moe(x)
         B, T, D = x.shape
-        place = torch.arange(T, device=x.device).repeat(B)[
-            None
-        ]  # hash goes by the place in the image
+        place = torch.arange(T, device=x.device).repeat(1, B)  # what hash goes by
         y, routing = moe(x.reshape(1, B * T, D), place)
         return y.view_as(x), routing
 
@@ -135,11 +133,16 @@ def moe_blocks(depth):
     return [block for block in range(depth) if (depth - block) % 2]
 
 
-def settle(settings, router, said):
-    """Hold the settings of this file to each other; ValueError where they clash.
+HARD_ONLY = (
+    "--group batch is for hard routers in one process: Soft MoE's slots are made for one image"
+)
 
-    router: one as the model will hold, None for dense. Returns what marks every result: nothing
-    here, since an image may be routed in any way.
+
+def settle(settings, router, said):
+    """Check this file's settings against each other; ValueError where they clash.
+
+    Returns a remark for every result: none here, since an image may be routed in any way. `router`
+    and `said` are for moe_tokens.py alone.
     """
     if settings.head == "patch" and settings.data not in (None, "drawn"):
         raise ValueError(
@@ -162,25 +165,19 @@ def unused(settings):
     return {}
 
 
-HARD_ONLY = (
-    "--group batch is for hard routers in one process: Soft MoE's slots are made for one image"
-)
-
-
 # ---------------------------------------------------------------- what train.py asks of images
 class Images:
-    """A set of images; a subclass brings batch(step, part), split(name) and the attributes below.
+    """A set of images; a subclass brings batch, split, probe, pixels and the attributes below.
 
     image_size  pixels along an image              names             of the classes
     about       one line on the set                few_shot_classes  those held out for the probe
 
-    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "kind" [B, T], "shape" [B]
-    and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of the step's batch, the same for every run of
-    one seed; split(name) the batches of a part.
+    A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "shape" [B], "kind"
+    [B, T] and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of
+    the step's batch, the same for every run of one seed; split(name) the batches of one of SPLITS.
     """
 
     few_shot_classes = ()
-    topics = ()
 
     def __init__(self, settings, device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
@@ -191,14 +188,14 @@ class Images:
         """Patches of an image."""
         return (self.image_size // self.patch) ** 2
 
-    def build(self, settings, feed):
-        """The ViT; feed(block) gives each block its FFN or MoE."""
+    def build(self, settings, make_feed):
+        """The ViT; make_feed(block) gives each block its FFN or MoE."""
         if self.image_size % self.patch:
             raise ValueError(
                 f"--patch must divide the image size, got --patch {self.patch} and images of "
                 f"{self.image_size} pixels"
             )
-        feeds = [feed(block) for block in range(settings.depth)]
+        feeds = [make_feed(block) for block in range(settings.depth)]
         patchwise = settings.head == "patch"
         classes = 1 + 2 * len(SHAPES) if patchwise else len(self.names)
         together = settings.group == "batch"
@@ -225,19 +222,20 @@ class Images:
 
         top1 in %; of patches also miou, the mean over classes of intersection over union, in %.
         """
-        told = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
+        found = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
         shares = []
         for c in range(1 + 2 * len(SHAPES)):
             if f"both{c}" in sums:
                 shares.append(sums[f"both{c}"] / max(1, sums[f"either{c}"]))
         if shares:
-            told["miou"] = 100 * sum(shares) / len(shares)
-        return told
+            found["miou"] = 100 * sum(shares) / len(shares)
+        return found
 
     def labels(self, batch, start):
-        """What an expert's choice may tell: {name: (label [B, T], unit [B, T], the labels' names)}.
+        """What an expert's choice may go by: {name: (label [B, T], unit [B, T], names of labels)}.
 
-        A unit is that on which the label is constant. `start` images came before this batch.
+        unit: the number of the image or patch that has this one label. `start` images came before
+        this batch.
         """
         B, T = len(batch["image"]), self.tokens
         patch = torch.arange(start * T, (start + B) * T).view(B, T)
@@ -266,23 +264,23 @@ class Images:
             "few_shot_untrained": fresh().features,
             "few_shot_pixels": torch.nn.Flatten(),
         }
-        told = {}
+        found = {}
         for name, read in readers.items():
             accuracy = []
             for draw in range(draws):
                 support, query = self.probe(draw)
                 known = read_features(read, support[0]), support[1].cpu()
-                asked = read_features(read, query[0]), query[1].cpu()
-                accuracy.append(100 * ridge_accuracy(known, asked))
-            told[name] = [float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))]
-        return told
+                unknown = read_features(read, query[0]), query[1].cpu()
+                accuracy.append(100 * ridge_accuracy(known, unknown))
+            found[name] = [float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))]
+        return found
 
     def files(self):
         """What a run folder keeps of its data, {file name: content}."""
         return {}
 
     def tell(self, model, joints):
-        """What is printed of the experts at the end of a run."""
+        """What is printed of the experts at the end; joints: see specialisation() in train.py."""
         return ""
 
     @torch.no_grad()
@@ -310,39 +308,37 @@ class Images:
         """
         images = next(iter(self.split("test")))["image"][:count]
         n = self.image_size // self.patch
-        tiles = [resize(self.pixels(images), side)]
+        panels = [resize(self.pixels(images), side)]
         for routing in model(images)[1].values():
             mass = routing.mass()
             E = mass.shape[-1]
             mass = mass.reshape(len(images), n, n, E).cpu()
             expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).numpy()
             palette = np.array([color(e, E) for e in range(E)] + [(200, 200, 200)], np.uint8)
-            tiles.append(resize(palette[expert], side))
+            panels.append(resize(palette[expert], side))
         space = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-        columns = [np.pad(tile, space, constant_values=255) for tile in tiles]
-        return np.concatenate([np.concatenate(list(column)) for column in columns], 1)
+        strips = []
+        for panel in panels:
+            strips.append(np.concatenate(list(np.pad(panel, space, constant_values=255))))
+        return np.concatenate(strips, 1)
 
 
 def columns(summary):
     """The table's columns that are this task's own: {name: number, (mean, deviation) or None}."""
     test, dropless = summary["test"], summary.get("test_dropless", {})
     if "miou" in test:
-        told = {"mIoU %": test["miou"], "patches right %": test["top1"]}
+        found = {"mIoU %": test["miou"], "patches right %": test["top1"]}
     else:
-        told = {"top-1 %": test["top1"]}
-    told["dropless %"] = dropless.get("miou", dropless.get("top1"))
+        found = {"top-1 %": test["top1"]}
+    found["dropless %"] = dropless.get("miou", dropless.get("top1"))
     for name, key in ("10-shot %", "few_shot"), ("untrained", "few_shot_untrained"):
-        told[name] = tuple(summary[key]) if key in summary else None
-    return told
+        found[name] = tuple(summary[key]) if key in summary else None
+    return found
 
 
 def load(settings, device, folder=None):
     """The images that --data names. ValueError for data that is missing, broken or too small."""
-    if settings.data is None:
-        return Drawn(settings, device)
-    if settings.data in DATASETS:
-        return DATASETS[settings.data](settings, device)
-    return Stored(settings, device)
+    return DATASETS.get(settings.data or "drawn", Stored)(settings, device)
 
 
 # ---------------------------------------------------------------- images drawn on the fly
@@ -355,7 +351,7 @@ TRAINED, HELD_OUT = range(18), range(18, 24)  # classes; those held out are for 
 
 
 def inside(u, v, r, angle):
-    """Where each of SHAPES is: points (u, v) of the unit square, r and angle their polar form."""
+    """Where each of SHAPES is: points (u, v) of [-1, 1]^2, r and angle (0 is up) the same."""
     near, far = torch.minimum(u.abs(), v.abs()), torch.maximum(u.abs(), v.abs())
     return [
         r < 0.85,
@@ -371,8 +367,8 @@ class Drawn(Images):
     """32x32 images of a shape laid with tiles; the class is the set of tiles to choose from.
 
     There are 256 tiles, patterns of 4x4 pixels, and each class owns 64 of them, the same in every
-    run: a class is a bag of visual words. Shape, pose and colours tell nothing of it. To know many
-    tiles is what an FFN's width is good for. All parameters are drawn on the CPU, so that one seed
+    run: a class is a bag of visual words. Shape, pose and colours tell nothing of it. A wider FFN
+    can remember more tiles. All parameters are drawn on the CPU, so that one seed
     is one set of images on every device.
     """
 
@@ -390,26 +386,26 @@ class Drawn(Images):
             yield self.draw(256, TRAINED, name, i)
 
     def probe(self, draw, shots=10):
-        """(images, labels) twice: `shots` of each held-out class, and those to be told."""
+        """(images, labels) twice: `shots` of each held-out class, and others to be classified."""
         return pick_shots(self.draw(1024, HELD_OUT, "probe", draw), shots)
 
     def draw(self, count, classes, *purpose, part=slice(None)):
-        """A batch of `count` images of these classes; all are drawn, but only `part` is rendered."""
+        """`count` images of these classes; all are drawn, but only `part` is rendered."""
         g = seeded(self.seed, *purpose)
         label = torch.randint(len(classes), (count,), generator=g)
         shape = torch.randint(len(SHAPES), (count,), generator=g)
         places = (self.image_size // TILE) ** 2
         pick = torch.randint(OWNED.shape[1], (count, places), generator=g)
         tile = OWNED[torch.tensor(classes)[label]].gather(1, pick)  # [B, places]
-        number = torch.rand(count, 10, generator=g, dtype=torch.float32)  # pose and colours
+        pose = torch.rand(count, 10, generator=g, dtype=torch.float32)  # and colours
         noise = torch.randn(count, 1, 32, 32, generator=g, dtype=torch.float32)
-        dtype = torch.get_default_dtype()  # drawn alike for every --dtype
-        drawn = label, shape, tile, number.to(dtype), noise.to(dtype)
+        dtype = torch.get_default_dtype()  # drawn in float32, so that all have the same images
+        drawn = label, shape, tile, pose.to(dtype), noise.to(dtype)
         return self.render(*(send(tensor[part], self.device) for tensor in drawn))
 
-    def render(self, label, shape, tile, number, noise):
+    def render(self, label, shape, tile, pose, noise):
         def between(i, low, high):
-            return (low + (high - low) * number[:, i])[:, None, None]  # [B, 1, 1]
+            return (low + (high - low) * pose[:, i])[:, None, None]  # [B, 1, 1]
 
         B, n = len(label), self.image_size // TILE
         axis = torch.arange(32, device=label.device) / 15.5 - 1
@@ -422,7 +418,7 @@ class Drawn(Images):
         each = torch.arange(B, device=label.device)
         filled = torch.stack(inside(u, v, r, torch.atan2(u, -v)))[shape, each]  # [B, 32, 32]
         laid = TILES.to(noise)[tile].view(B, n, n, TILE, TILE).transpose(2, 3).reshape(B, 1, 32, 32)
-        ground, colour = number[:, 4:7] * 0.5, number[:, 7:10] * 0.5 + 0.5  # the shape is brighter
+        ground, colour = pose[:, 4:7] * 0.5, pose[:, 7:10] * 0.5 + 0.5  # the shape is brighter
         figure = colour[..., None, None] * (1 + laid / 3)  # [B, 3, 32, 32]
         image = torch.where(filled[:, None], figure, ground[..., None, None]) + 0.15 * noise
         covered = F.avg_pool2d(filled[:, None].float(), self.patch).flatten(1)  # [B, T], a share
@@ -533,7 +529,7 @@ class Stored(Images):
             yield self.ready(image[i : i + 256], label[i : i + 256])
 
     def probe(self, draw, shots=10):
-        """(images, labels) twice, of at most 1024 images: the shots, and those to be told."""
+        """(images, labels) twice, of at most 1024 images: the shots, and others to classify."""
         image, label = self.pool
         order = torch.randperm(len(label), generator=seeded(self.seed, "probe", draw))[:1024]
         return pick_shots(self.ready(image[order], label[order]), shots)

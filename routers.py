@@ -90,12 +90,13 @@ class Routing:
 
 
 class HardRouting(Routing):
-    """A routing with at most one token in a slot, as gather and scatter: nothing has size T*T.
+    """At most one token in a slot: the same by gather and scatter, without tensors [G, T, E, C].
 
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
     filled  for a dropless routing, where C is the largest load and most slots are empty: how many
-            slots of each expert are filled, a list of E numbers. Then only those are computed.
+            slots of each expert are filled in all groups, a list of E numbers. Experts that have
+            ragged() then compute only those.
     """
 
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
@@ -126,8 +127,8 @@ class HardRouting(Routing):
         G, E, C, D = y.shape
         weight = self.weight.to(y.dtype)[..., None]
         weighted = (y.transpose(0, 1) * weight.transpose(0, 1)).reshape(-1, D)  # [E*G*C, D]
-        tokens = y.new_zeros(G * self.tokens, D).index_add_(0, self._rows, weighted)
-        return tokens.view(G, self.tokens, D)
+        summed = y.new_zeros(G * self.tokens, D).index_add_(0, self._rows, weighted)
+        return summed.view(G, self.tokens, D)
 
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
@@ -169,10 +170,10 @@ def queue(wants, capacity):
 
         dispatch[g,n,e,c] = 1  where wants[g,n,e] and n is the c-th in line for e
     """
-    place = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
+    count = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
     nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
-    # That only grows along the line: the c-th who wants e is the first n at which it is c.
-    return torch.searchsorted(place, nth.repeat(*place.shape[:2], 1))
+    # A count never falls along the line: the c-th who wants e is the first n whose count is c.
+    return torch.searchsorted(count, nth.repeat(*count.shape[:2], 1))
 
 
 # ---------------------------------------------------------------- how scores are made
@@ -213,11 +214,12 @@ def project(z, k):
 def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
     """Optimal transport with at most k non-zeros in a column (2209.15466, its semi-dual).
 
-        argmax_P  <P, gates> - |P|^2 / 2,  each column sums to `column` (T/E), each row to 1
+        argmax_P  <P, gates> - |P|^2 / 2,  each column sums to `column`, each row to column * E/T
 
-    gates [G, T, E] -> plan [G, T, E]. Columns are exact, rows approximate: alpha is a price for
-    each row, and Adam lowers it where the row's sum is too large. A group stops once the norm of
-    these errors is at most 1e-3. Differs: the last projection passes a gradient, as published none.
+    gates [G, T, E] -> plan [G, T, E]. column is T/E if None, so that a row sums to 1. Columns are
+    exact, rows approximate: alpha is a bonus for each row, and Adam lowers it where the row's sum
+    is too large. A group stops once the norm of these errors is at most 1e-3. Differs: the last
+    projection passes a gradient, as published none.
     """
     G, T, E = gates.shape
     column = T / E if column is None else column
@@ -226,7 +228,7 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
     alpha = m = v = scores.new_zeros(G, T, 1)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for step in range(1, iterations + 1):
-        share = project((alpha + scores) / column, k)  # of each column
+        share = project((alpha + scores) / column, k)  # the plan over `column`: columns sum to 1
         slope = column * share.sum(2, keepdim=True) - row  # [G, T, 1]
         m = 0.9 * m + 0.1 * slope
         v = 0.999 * v + 0.001 * slope**2
@@ -282,16 +284,6 @@ def z_loss(logits):
     return logits.logsumexp(-1).square().mean()
 
 
-def draw_noise(logits):
-    """Standard normal noise for these logits. train.py replaces it where many processes train."""
-    return torch.randn_like(logits)
-
-
-def mean_over_processes(value):
-    """The value, where one process trains. train.py replaces it where many do."""
-    return value
-
-
 # ---------------------------------------------------------------- what all routers share
 CHOICES = {
     "priority": ("token", "choice", "gate"),
@@ -304,6 +296,16 @@ WHOLE = ("dim", "num_experts", "top_k", "iterations", "num_keys", "slots", "toke
 RANGES = {"noise_std": 1e6, "scale": 1e6, "bias_rate": 1.0}  # numbers from 0 to this
 
 
+def draw_noise(logits):
+    """Standard normal noise for these logits. train.py replaces it where many processes train."""
+    return torch.randn_like(logits)
+
+
+def mean_over_processes(value):
+    """The value, where one process trains. train.py replaces it where many do."""
+    return value
+
+
 def need(held, rule, name, value):
     if not held:
         raise ValueError(f"{rule}, got {name}={value!r}")
@@ -313,8 +315,13 @@ class Router(nn.Module):
     """What all routers share: options and their rules, the gate, the capacity.
 
     A subclass says who `chooses` ("tokens", "experts", "threshold" or None), lists its options with
-    their `defaults`, the losses that it `offers` and, by task, the `recipes` by which train.py uses
-    it, and writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
+    their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
+    writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
+
+    causal           True only if no token's routing can depend on later tokens, with this router's
+                     options. A causal router may still drop a token in a short prefix that it
+                     keeps in a longer text, since its capacity grows with T. Dropless, or with room
+                     for every token, it does not.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
@@ -327,9 +334,10 @@ class Router(nn.Module):
     """
 
     chooses = "experts"
+    causal = False
     offers = ("z",)
-    recipes = {}
-    margin = 1  # slots over the mean demand
+    recipe = {}
+    margin = 1  # slots for each assignment that is expected
     defaults = dict(
         top_k=1, capacity_factor=1.0, noise_std=0.0, router_weights="learned", gate="linear"
     )
@@ -337,13 +345,13 @@ class Router(nn.Module):
     def __init__(self, dim, num_experts, **options):
         super().__init__()
         self.dim, self.num_experts = dim, num_experts
-        for name in options:
+        unknown = [name for name in options if name not in self.defaults]
+        if unknown:
             has = f"it has {', '.join(self.defaults)}"
-            if name not in self.defaults:
-                raise ValueError(f"{type(self).__name__} has no option {name}; {has}")
+            raise ValueError(f"{type(self).__name__} has no option {', '.join(unknown)}; {has}")
         self.options = SimpleNamespace(**(self.defaults | options))
         self.check_options()
-        if "router_weights" in self.defaults:
+        if "router_weights" in self.defaults:  # hash and soft have no gate
             self.make_gate()
         if getattr(self.options, "bias_rate", 0):
             self.register_buffer("bias", torch.zeros(num_experts))
@@ -368,9 +376,8 @@ class Router(nn.Module):
         number = type(factor) in (int, float) and 0 < factor < math.inf
         positive = "capacity_factor must be a positive number"
         need(factor is None or number, positive, "capacity_factor", factor)
-        if factor is None and self.chooses != "tokens":
-            rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
-            need(False, rule, "capacity_factor", factor)
+        rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
+        need(factor is not None or self.chooses == "tokens", rule, "capacity_factor", factor)
         if values.get("renormalize"):
             rule = "renormalize needs top_k >= 2 (the only gate would always be 1)"
             need(K > 1, rule, "top_k", K)
@@ -385,7 +392,7 @@ class Router(nn.Module):
         self.redraw(self.gate)
         self.gate.requires_grad_(self.options.router_weights == "learned")
         if self.options.router_weights == "random":
-            self.drawn = copy.deepcopy(self.gate)  # for training; evaluation uses the fixed gate
+            self.random_gate = copy.deepcopy(self.gate)  # for training; evaluation has a fixed one
 
     def redraw(self, gate, generator=None):
         """Fresh weights of deviation dim^-1/2: unit-variance logits for unit-variance tokens."""
@@ -393,15 +400,6 @@ class Router(nn.Module):
             for weight in gate.parameters():
                 fresh = torch.empty(weight.shape, dtype=weight.dtype)
                 weight.copy_(fresh.normal_(0, self.dim**-0.5, generator=generator))
-
-    @property
-    def causal(self):
-        """True only if no token's routing can depend on later tokens, with this router's options.
-
-        A causal router may still drop a token in a short prefix that it keeps in a longer text,
-        since its capacity grows with T. Dropless, or with room for every token, it does not.
-        """
-        return False
 
     def forward(self, x, key=None):
         """Tokens x [G, T, D] and, for hash, key [G, T] -> Routing. ValueError for other shapes."""
@@ -414,12 +412,12 @@ class Router(nn.Module):
     def logits(self, x):
         """Logits [G, T, E] of tokens x [G, T, D], in float32 at least; without noise."""
         random = self.options.router_weights == "random" and self.training
-        gate = self.drawn if random else self.gate
+        gate = self.random_gate if random else self.gate
         with torch.autocast(x.device.type, enabled=False):
             z = x.to(torch.promote_types(x.dtype, torch.float32))
             for part in gate if isinstance(gate, nn.Sequential) else [gate]:
                 if isinstance(part, nn.Linear):
-                    z = F.linear(z, part.weight.to(z.dtype))
+                    z = F.linear(z, part.weight.to(z.dtype))  # part(z) would not cast its weight
                 else:
                     z = part(z)
             return z
@@ -440,8 +438,18 @@ class Router(nn.Module):
         gates = self.probabilities(noisy)
         return gates, gates
 
+    def by_plan(self, plan, z, gates):
+        """The scores where plan(z) decides. It also weighs, or the gates do: combine_weights."""
+        if self.options.combine_weights == "plan":
+            decides = plan(z)
+            return decides, decides
+        return plan(z.detach()), gates  # then no gradient passes the plan
+
     def capacity(self, tokens):
-        """Slots of an expert in a group of so many tokens: C = ceil(T*K*cf / E), at most T."""
+        """Slots of an expert in a group of T tokens: C = ceil(margin*T*K*cf / E), at most T.
+
+        None where the router is dropless.
+        """
         o = self.options
         if o.capacity_factor is None:
             return None
@@ -455,12 +463,13 @@ class Router(nn.Module):
         Nothing else changes a buffer. generator: the source of a random router's new weights.
         """
         if getattr(self.options, "router_weights", None) == "random":
-            self.redraw(self.drawn, generator)
+            self.redraw(self.random_gate, generator)
 
     def _apply(self, fn, recurse=True):
+        """What .to() and .half() call. Buffers moved in small steps stay float32 at least."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name in ("bias", "threshold"):  # moved in small steps: half precision would lose them
+        for name in ("bias", "threshold"):
             after = self._buffers.get(name)
             if after is not None and after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before[name].to(after.device, torch.float32)
@@ -474,7 +483,7 @@ class TokenChoice(Router):
     V-MoE 2106.05974, section 2; Switch 2101.03961. Further options:
 
     priority       "token": by position. "choice": all first choices, then all second (GShard).
-                   "gate": so too, but of each choice the largest gate first (V-MoE, section 4)
+                   "gate": as "choice", the tokens by their largest score (V-MoE, section 4)
     renormalize    divide a token's K gates by their sum (K >= 2)
     bias_rate      0, or the step u of 2408.15664: experts are chosen by gate + bias and weighed by
                    the gate; update() moves the bias by u * sign(mean load - load)
@@ -486,10 +495,7 @@ class TokenChoice(Router):
     defaults = Router.defaults | dict(
         priority="token", renormalize=False, bias_rate=0.0, balance_scope="group"
     )
-    recipes = {
-        "vision": dict(capacity_factor=None, balance="switch"),
-        "tokens": dict(capacity_factor=None, balance="switch"),
-    }
+    recipe = dict(capacity_factor=None, balance="switch")
 
     @property
     def causal(self):
@@ -500,17 +506,18 @@ class TokenChoice(Router):
     def route(self, x, key=None):
         logits = self.logits(x)
         noisy = self.add_noise(logits)
-        scores, gates = self.scores(logits, noisy)
-        biased = scores + self.bias if self.options.bias_rate else scores
+        decides, weighs = self.scores(logits, noisy)
+        biased = decides + self.bias if self.options.bias_rate else decides
         expert_index = top(biased, self.options.top_k, -1)  # [G, T, K]
-        routing = self.seat(expert_index, self.weigh(gates.gather(-1, expert_index)), scores)
+        weight = self.normalize(weighs.gather(-1, expert_index))
+        routing = self.seat(expert_index, weight, decides)
         routing.logits, routing.gates = logits, self.probabilities(logits)
         routing.losses = self.balance(routing, noisy)
         return routing
 
-    def weigh(self, weight):
-        """The combine weights of a token's K choices, from their gates [G, T, K]."""
-        if self.options.renormalize:
+    def normalize(self, weight):
+        """The weights [G, T, K] of a token's K choices, over their sum if the options say so."""
+        if getattr(self.options, "renormalize", self.options.top_k > 1):  # sigmoid has no option
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
         return weight
 
@@ -521,7 +528,7 @@ class TokenChoice(Router):
             "balance": balance_loss(logits, routing.expert_index, gates, o.balance_scope),
             "z": z_loss(logits),
         }
-        if noisy is not logits:
+        if noisy is not logits:  # there was noise
             losses["load"] = load_loss(logits, noisy, o.top_k, o.noise_std / self.num_experts)
         return losses
 
@@ -538,17 +545,17 @@ class TokenChoice(Router):
         pair = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K], its number
         if self.options.priority != "token":
             pair = pair.mT  # [G, K, T]: all first choices stand before any second
-        pair = pair.flatten(1)  # [G, T*K], in the order of the line
-        wanted = expert_index.flatten(1).gather(1, pair)
+        line = pair.flatten(1)  # [G, T*K]
+        wanted = expert_index.flatten(1).gather(1, line)
         wants = wanted[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
-        C, filled = self.slots(wants, T)
-        place = queue(wants, C).flatten(1)  # [G, E*C], T*K where a slot is empty
-        pair = F.pad(pair, (0, 1), value=T * K).gather(1, place).view(G, self.num_experts, C)
-        weight = F.pad(weight.flatten(1), (0, 1)).gather(1, pair.flatten(1)).view_as(pair)
+        C, filled = self.room(wants, T)
+        place = queue(wants, C).flatten(1)  # [G, E*C], in the line; T*K where a slot is empty
+        seated = F.pad(line, (0, 1), value=T * K).gather(1, place).view(G, self.num_experts, C)
+        weight = F.pad(weight.flatten(1), (0, 1)).gather(1, seated.flatten(1)).view_as(seated)
         load = wants.sum((0, 1)).to(weight.dtype) / max(1, G * T * K)
-        return HardRouting(pair // K, weight, T, load, filled=filled, expert_index=expert_index)
+        return HardRouting(seated // K, weight, T, load, filled=filled, expert_index=expert_index)
 
-    def slots(self, wants, tokens):
+    def room(self, wants, tokens):
         """C, and for a dropless routing how many slots each expert fills."""
         C = self.capacity(tokens)
         if C is not None:
@@ -556,9 +563,9 @@ class TokenChoice(Router):
         if torch.compiler.is_compiling():
             return tokens, None  # a compiled graph knows no loads: room for every token
         load = wants.sum(1)  # [G, E]
-        largest = load.sum(0) if len(load) == 0 else load.amax(0)
-        numbers = torch.stack([load.sum(0), largest]).tolist()  # the only wait for the device
-        return max(1, *numbers[1]), numbers[0]
+        largest = load.amax(0) if len(load) else load.sum(0)
+        filled, largest = torch.stack([load.sum(0), largest]).tolist()  # waits for the device
+        return max(1, *largest), filled
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -578,18 +585,14 @@ class SinkhornTokenChoice(TokenChoice):
     """
 
     defaults = TokenChoice.defaults | dict(iterations=20, combine_weights="softmax")
-    recipes = {"vision": dict(capacity_factor=None), "tokens": dict(capacity_factor=None)}
-
-    @property
-    def causal(self):
-        return False  # a plan balances over all tokens
+    recipe = dict(capacity_factor=None)
+    causal = False  # a plan balances over all tokens
 
     def scores(self, logits, noisy):
-        if self.options.combine_weights == "plan":
-            plan = sinkhorn_plan(noisy, self.options.iterations)
-            return plan, plan
-        plan = sinkhorn_plan(noisy.detach(), self.options.iterations)  # decides: no gradient
-        return plan, logits.softmax(-1)  # the clean one, as published
+        def plan(z):
+            return sinkhorn_plan(z, self.options.iterations)
+
+        return self.by_plan(plan, noisy, logits.softmax(-1))  # gates without noise, as published
 
 
 class SparseTokenChoice(TokenChoice):
@@ -603,18 +606,15 @@ class SparseTokenChoice(TokenChoice):
     offers = ("importance", "balance", "z")
     defaults = SinkhornTokenChoice.defaults.copy()
     del defaults["noise_std"]
-    recipes = {"vision": dict(capacity_factor=None), "tokens": dict(capacity_factor=None)}
-
-    @property
-    def causal(self):
-        return False
+    recipe = dict(capacity_factor=None)
+    causal = False
 
     def scores(self, logits, noisy):
-        gates, o = logits.softmax(-1), self.options
-        decides = gates if o.combine_weights == "plan" else gates.detach()
-        # The same problem with tokens and experts exchanged, every token of mass 1.
-        plan = sparse_plan(decides.mT, o.top_k, o.iterations, column=1.0).mT
-        return plan, plan if o.combine_weights == "plan" else gates
+        def plan(z):  # the same problem with tokens and experts exchanged, every token of mass 1
+            return sparse_plan(z.mT, self.options.top_k, self.options.iterations, column=1.0).mT
+
+        gates = logits.softmax(-1)
+        return self.by_plan(plan, gates, gates)
 
 
 class Sigmoid(TokenChoice):
@@ -628,10 +628,7 @@ class Sigmoid(TokenChoice):
     offers = ("importance", "balance", "z")
     defaults = TokenChoice.defaults | dict(bias_rate=1e-3)
     del defaults["renormalize"], defaults["noise_std"]
-    recipes = {
-        "vision": dict(capacity_factor=None, balance="bias"),
-        "tokens": dict(capacity_factor=None, balance="bias"),
-    }
+    recipe = dict(capacity_factor=None, balance="bias")
 
     def probabilities(self, logits):
         return F.logsigmoid(logits).softmax(-1)  # s / sum s, also where every s underflows
@@ -639,11 +636,6 @@ class Sigmoid(TokenChoice):
     def scores(self, logits, noisy):
         gates = logits.sigmoid()
         return gates, gates
-
-    def weigh(self, weight):
-        if self.options.top_k == 1:
-            return weight
-        return weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
 
 
 class Hash(TokenChoice):
@@ -656,21 +648,15 @@ class Hash(TokenChoice):
 
     offers = ()
     defaults = dict(top_k=1, capacity_factor=1.0, num_keys=4096)
-    recipes = {
-        "vision": dict(capacity_factor=None),
-        "tokens": dict(capacity_factor=None, num_keys=None),  # as many keys as tokens
-    }
+    recipe = dict(capacity_factor=None, num_keys=None)  # on text, one key for each token id
+    causal = True
 
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
-        self.options.priority = "token"
+        self.options.priority = "token"  # for seat()
         runs = math.ceil(self.options.num_keys / num_experts)
         table = torch.rand(runs, num_experts).argsort(1).flatten()
         self.register_buffer("table", table[: self.options.num_keys])
-
-    @property
-    def causal(self):
-        return True
 
     def route(self, x, key=None):
         G, T, _ = x.shape
@@ -699,9 +685,9 @@ class ExpertChoice(Router):
         G, T, _ = x.shape
         logits = self.logits(x)
         noisy = self.add_noise(logits)
-        scores, gates = self.scores(logits, noisy)
-        index = top(scores, self.capacity(T), 1).mT  # [G, E, C]
-        weight = gates.mT.gather(2, index)
+        decides, weighs = self.scores(logits, noisy)
+        index = top(decides, self.capacity(T), 1).mT  # [G, E, C]
+        weight = weighs.mT.gather(2, index)
         load = logits.new_full((self.num_experts,), 1 / self.num_experts)
         losses = {"z": z_loss(logits)}
         notes = dict(logits=logits, gates=self.probabilities(logits))
@@ -716,10 +702,10 @@ class SinkhornExpertChoice(ExpertChoice):
     defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
 
     def scores(self, logits, noisy):
-        if self.options.combine_weights == "plan":
-            plan = sinkhorn_plan(noisy, self.options.iterations)
-            return plan, plan
-        return sinkhorn_plan(noisy.detach(), self.options.iterations), noisy.softmax(-1)
+        def plan(z):
+            return sinkhorn_plan(z, self.options.iterations)
+
+        return self.by_plan(plan, noisy, noisy.softmax(-1))  # gates with noise, as published
 
 
 class SparseExpertChoice(ExpertChoice):
@@ -729,10 +715,11 @@ class SparseExpertChoice(ExpertChoice):
     del defaults["noise_std"]
 
     def scores(self, logits, noisy):
-        gates, o = logits.softmax(-1), self.options
-        decides = gates if o.combine_weights == "plan" else gates.detach()
-        plan = sparse_plan(decides, self.capacity(gates.shape[1]), o.iterations)
-        return plan, plan if o.combine_weights == "plan" else gates
+        def plan(z):
+            return sparse_plan(z, self.capacity(z.shape[1]), self.options.iterations)
+
+        gates = logits.softmax(-1)
+        return self.by_plan(plan, gates, gates)
 
 
 class ExpertThreshold(Router):
@@ -744,6 +731,7 @@ class ExpertThreshold(Router):
     """
 
     chooses = "threshold"
+    causal = True
     margin = 2
     decay = 0.9
 
@@ -751,10 +739,6 @@ class ExpertThreshold(Router):
         super().__init__(dim, num_experts, **options)
         self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-
-    @property
-    def causal(self):
-        return True
 
     def route(self, x, key=None):
         G, T, _ = x.shape
@@ -765,7 +749,7 @@ class ExpertThreshold(Router):
         index = queue(wants, self.capacity(T))  # [G, E, C]
         weight = F.pad(gates.mT, (0, 1)).gather(2, index)
         share = 1 - self.options.top_k / self.num_experts
-        quantile = self.threshold  # of no group: as it is
+        quantile = self.threshold  # for an empty batch
         if G > 0:
             quantile = gates.detach().quantile(share, dim=1).mean(0)  # [E]
         load = wants.sum((0, 1)) / wants.sum().clamp(min=1)
@@ -808,18 +792,23 @@ class Soft(Router):
         nn.init.normal_(self.phi, std=dim**-0.5)
         self.scale = nn.Parameter(torch.tensor(float(o.scale)))
 
+    def capacity(self, tokens):
+        return self.options.slots
+
     def route(self, x, key=None):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             direction = self.scale.to(x.dtype) * unit(self.phi.to(x.dtype), 0)
             logits = torch.einsum("gtd,dec->gtec", unit(x, -1), direction)
             dispatch = logits.softmax(1)  # over tokens: a slot's weights sum to 1
-            combine = logits.flatten(2).softmax(-1)  # over slots: a token's weights sum to 1
-        load = combine.detach().view_as(logits).sum(-1).mean((0, 1))
-        return Routing(dispatch, combine.view_as(logits), load, logits=logits, gates=combine)
+            gates = logits.flatten(2).softmax(-1)  # over slots: a token's weights sum to 1
+        combine = gates.view_as(logits)
+        load = combine.detach().sum(-1).mean((0, 1))
+        return Routing(dispatch, combine, load, logits=logits, gates=gates)
 
 
 def unit(z, dim):
+    """z with length 1 along dim."""
     return z * (z.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
 
 
@@ -828,10 +817,10 @@ class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked, run by one batched product a layer.
 
     init: "independent", each as nn.Linear starts; "identical", all like the first, as in V-MoE,
-    where routing alone sets them apart. To change what an expert computes, see `expert`.
+    where routing alone sets them apart. To change what an expert computes, override expert().
     """
 
-    biases = ("b1", "b2")  # [E, 1, H], but biases: no weight decay
+    biases = ("b1", "b2")  # [E, 1, H], yet weight decay spares them
 
     def __init__(self, num_experts, dim, hidden, init="independent"):
         super().__init__()
@@ -846,7 +835,7 @@ class Experts(nn.Module):
         return affine(F.gelu(affine(z, w1, b1)), w2, b2)
 
     def forward(self, slots):
-        """slots [G, E, C, D] -> [G, E, C, D]. A slot may hold n vectors side by side."""
+        """slots [G, E, C, D] -> [G, E, C, D]; or n*D wide: n vectors in a slot, each on its own."""
         G, E, C, width = slots.shape
         vectors = G * C * width // self.dim
         z = slots.transpose(0, 1).reshape(E, vectors, self.dim)
@@ -891,13 +880,17 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x, key=None, routing=None):
-        """x [G, T, D], key [G, T] or None -> y [G, T, D] and its Routing; a given one is used."""
+        """x [G, T, D], key [G, T] or None -> y like x, and its Routing.
+
+        A given routing is used. Then x may be [G, T, n*D], n vectors side by side: so moe_tokens.py
+        routes a whole sequence of n tokens as one.
+        """
         self.check_type(x)
         if routing is None:
             routing = self.router(x, key)
         y = routing.run(x, self.experts)
         if self.shared is not None:
-            tokens = x.unflatten(-1, (-1, self.router.dim))  # a sequence routed whole: T*D wide
+            tokens = x.unflatten(-1, (-1, self.router.dim))  # [G, T, n, D], mostly n = 1
             y = y + self.shared(tokens).flatten(-2)
         return y, routing
 
@@ -919,6 +912,31 @@ class MoE(nn.Module):
         return names
 
 
+def build_router(name, dim, num_experts, **options):
+    """The router of that name for tokens of width dim.
+
+    Raises ValueError for an unknown name or option, and for a value against its rule.
+    """
+    if name not in ROUTERS:
+        raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
+    return ROUTERS[name](dim, num_experts, **options)
+
+
+ROUTERS = {
+    "token_choice": TokenChoice,
+    "sinkhorn_token_choice": SinkhornTokenChoice,
+    "sparse_token_choice": SparseTokenChoice,
+    "sigmoid": Sigmoid,
+    "hash": Hash,
+    "expert_choice": ExpertChoice,
+    "sinkhorn_expert_choice": SinkhornExpertChoice,
+    "sparse_expert_choice": SparseExpertChoice,
+    "expert_threshold": ExpertThreshold,
+    "soft": Soft,
+}
+
+
+# ---------------------------------------------------------------- for all files
 def seeded(*key):
     """A generator for one purpose, as seeded(seed, step, "noise"): random, with no state kept."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -937,32 +955,3 @@ def color(place, count, lightness=None):
     if lightness is None:
         lightness = 0.45 + 0.25 * (place % 2)
     return tuple(round(255 * part) for part in colorsys.hls_to_rgb(place / count, lightness, 0.8))
-
-
-def build_router(name, dim, num_experts, **options):
-    """The router of that name for tokens of width dim.
-
-    Raises ValueError for an unknown name or option, and for a value against its rule.
-    """
-    if name not in ROUTERS:
-        raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
-    known = ROUTERS[name].defaults
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        named, has = ", ".join(unknown), ", ".join(known)
-        raise ValueError(f"router {name} has no option {named}; it has {has}")
-    return ROUTERS[name](dim, num_experts, **options)
-
-
-ROUTERS = {
-    "token_choice": TokenChoice,
-    "sinkhorn_token_choice": SinkhornTokenChoice,
-    "sparse_token_choice": SparseTokenChoice,
-    "sigmoid": Sigmoid,
-    "hash": Hash,
-    "expert_choice": ExpertChoice,
-    "sinkhorn_expert_choice": SinkhornExpertChoice,
-    "sparse_expert_choice": SparseExpertChoice,
-    "expert_threshold": ExpertThreshold,
-    "soft": Soft,
-}

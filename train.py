@@ -11,8 +11,9 @@
     torchrun --nproc-per-node 8 train.py ...    the same run in many processes
     python train.py --help                      every setting
 
-Read in order: the settings, then `run`, the whole life of one run, then what it calls. Sections
-marked "Later" stand for themselves; skip them on a first reading.
+Read in order: the settings, then `run`, the whole life of one run, then what it calls. Skip the
+sections marked "Later" on a first reading: of Record, signals, wrap and total, which `run` takes
+from there, the docstrings are enough.
 
 Every random draw comes from (seed, step, what for): one seed fixes data, weights and order, and no
 random state has to be kept. So a resumed run is the same run. Of many processes, each draws the
@@ -21,6 +22,7 @@ checkpoint.pt, summary.json and report.html.
 """
 
 import argparse
+import collections
 import ctypes
 import datetime
 import gc
@@ -146,7 +148,7 @@ def run(said, folder=None, resume=False):
     task = TASKS[settings.task]
     data = task.load(settings, device, folder if resume else None)
     model = build(settings, data, device)
-    gflops = look(settings, data, model)
+    gflops = measure_flops(settings, data, model)
     optimizer = make_optimizer(settings, model, device)
 
     with Record(settings, said, folder) as record:
@@ -161,7 +163,7 @@ def run(said, folder=None, resume=False):
                 due = last or (step + 1) % settings.log_every == 0
                 stepped = train_step(settings, data, trained, optimizer, step, due, caught)
                 step, stop = step + 1, stepped.stop
-                record.time_first_step()
+                record.note_first_step()
                 bar.update()
                 if due:
                     line = numbers(data.metrics(stepped.sums) | stepped.losses)
@@ -170,11 +172,11 @@ def run(said, folder=None, resume=False):
                 if last or stop or step % settings.save_every == 0:
                     check_sound(data, model, step)
                     record.save(step, model, optimizer)
-            stop = bool(total({"stop": len(caught)}, device)["stop"])  # also in the last step
+            stop = bool(total({"stop": len(caught)}, device)["stop"])  # one may have come since
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
             say(f"{done}; --resume {record.folder} goes on from there")
-            return 128 + (caught or [signal.SIGTERM])[0]
+            return 128 + (caught or [signal.SIGTERM])[0]  # none: another process caught it
         spent = record.spent()
         if processes()[0] == 0:
             summary, joints = conclude(settings, data, model, device)
@@ -193,13 +195,13 @@ def settle(said):
     """
     settings = filled(said)
     default = filled({name: said[name] for name in MODES if name in said})
-    for name, why in unused(said).items():
+    for name, why in unused(said).items():  # to say aloud what holds anyway does no harm
         if not hasattr(default, name) or said[name] != getattr(default, name):
             raise ValueError(why)
     check(settings, said)
     with torch.device("meta"):  # a look at it, without its memory
         router = None if settings.router == "dense" else make_router(settings)
-    settings.remark = TASKS[settings.task].settle(settings, router, said)
+    settings.remark = TASKS[settings.task].settle(settings, router, said)  # such as "leaky", or ""
     return settings
 
 
@@ -210,10 +212,12 @@ def filled(said):
     for name, (_, default, _) in (SETTINGS | task.SETTINGS).items():
         values.setdefault(name, default)
     values |= task.SIZES[values["size"]] | options_of(kind)
-    recipe = kind.recipes.get(values["task"], {}) if kind else {}
-    values |= {name: value for name, value in recipe.items() if name in values}
+    if kind:
+        values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
-        values["balance"] = "none"  # there is nothing to balance with
+        values["balance"] = (
+            "none"  # such a gate learns nothing, so there is nothing to balance with
+        )
     return SimpleNamespace(**(values | said))
 
 
@@ -226,7 +230,8 @@ def options_of(kind):
 
 def unused(said):
     """{setting said: why it means nothing here}. A run refuses it, a grid leaves it out."""
-    settings, found = filled(said), {}
+    settings = filled(said)
+    found = {}  # reasons by setting, said or not; the last line keeps those that were said
     name, task = settings.router, TASKS[settings.task]
     kind = ROUTERS.get(name)
     options, offered = options_of(kind), kind.offers if kind else ()
@@ -273,7 +278,7 @@ def check(settings, said):
             raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
         experts = s.experts if s.dense_match == "total" else s.top_k
         s.width = s.hidden * (experts + s.shared)
-        s.experts = s.top_k = s.shared = None  # the width says it all: equal models, equal runs
+        s.experts = s.top_k = s.shared = None  # so that a grid sees: equal widths are equal runs
     if s.balance == "bias" and not s.bias_rate:
         if "bias_rate" in said:
             raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
@@ -297,9 +302,11 @@ def make_router(settings, tokens=1):
 def pick_device(settings):
     """The device; also sets the type of number that torch uses from here on."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
-    here = ["cuda"] if torch.cuda.is_available() else []
-    here += ["mps"] if torch.backends.mps.is_available() else []
-    here += ["cpu"]
+    here = ["cpu"]
+    if torch.backends.mps.is_available():
+        here.insert(0, "mps")
+    if torch.cuda.is_available():
+        here.insert(0, "cuda")
     name = here[0] if settings.device == "auto" else settings.device
     if name not in here:
         raise ValueError(f"--device {name}: this machine has none; there is {', '.join(here)}")
@@ -311,7 +318,7 @@ def pick_device(settings):
 def build(settings, data, device):
     """The model at its start, in evaluation mode."""
 
-    def feed(block):
+    def make_feed(block):
         """What stands in that block after attention: an FFN or an MoE."""
         if block not in settings.moe_blocks:
             return ffn(settings.dim, settings.hidden)
@@ -323,9 +330,9 @@ def build(settings, data, device):
         return MoE(router, experts, shared)
 
     with torch.device("meta"):  # shapes alone: does it fit into memory?
-        check_memory(settings, data, data.build(settings, feed), device)
+        check_memory(settings, data, data.build(settings, make_feed), device)
     torch.manual_seed(seeded(settings.seed, "weights").initial_seed())
-    return data.build(settings, feed).to(device).eval()
+    return data.build(settings, make_feed).to(device).eval()
 
 
 def ffn(dim, width):
@@ -337,17 +344,12 @@ def check_memory(settings, data, model, device):
     if device.type != "cpu":
         return
     examples = settings.batch_size // settings.grad_accum // processes()[1]
-    numbers = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
-    numbers += examples * data.tokens * settings.dim * 4 * settings.depth
+    count = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
+    count += examples * data.tokens * settings.dim * 4 * settings.depth
     for moe in moes(model):
-        C = (
-            moe.router.options.slots
-            if hasattr(moe.router, "phi")
-            else moe.router.capacity(data.tokens)
-        )
-        slots = moe.router.num_experts * (C or 1)
-        numbers += 2 * examples * slots * settings.hidden
-    wanted = numbers * torch.get_default_dtype().itemsize / 1e9
+        slots = moe.router.num_experts * (moe.router.capacity(data.tokens) or 1)
+        count += 2 * examples * slots * settings.hidden
+    wanted = count * torch.get_default_dtype().itemsize / 1e9
     if wanted > memory_gb():
         has = f"this machine has {memory_gb():,.0f} GB"
         raise ValueError(f"these sizes need at least {wanted:,.0f} GB of memory, {has}")
@@ -361,13 +363,13 @@ def memory_gb():
 
 
 @torch.no_grad()
-def look(settings, data, model):
-    """GFLOPs of one example's forward. What does not fit fails here, not after training."""
+def measure_flops(settings, data, model):
+    """GFLOPs of one example's forward."""
     batch = next(iter(data.split(TASKS[settings.task].SPLITS[0])))
     one = {name: value[:1] for name, value in batch.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, _, routings = data.loss(model, one)
-    examine(data, one, 0, routings)
+    examine(data, one, 0, routings)  # labels that do not fit fail here, not after training
     return counter.get_total_flops() / 1e9
 
 
@@ -442,7 +444,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    distinct = dict.fromkeys(moe.router for moe in moes(model))  # blocks may share one
+    # In the order of once(routings): blocks that share a router share its routing.
+    distinct = dict.fromkeys(moe.router for moe in moes(model))
     for i, router in enumerate(distinct):
         generator = seeded(settings.seed, step + 1, "router", i)
         router.update([of_part[i] for of_part in seen], generator)
@@ -483,10 +486,10 @@ def statistics(routings):
     load max/mean; experts that got nothing; the share of tokens in no slot; slots a token sits in;
     entropy of the gates, 1 = uniform; in training, the norm of the router's gradient.
     """
-    told = {}
+    found = {}
     for block, routing in routings.items():
         counts = routing.counts()
-        signs = told[block] = evenness(routing.load)
+        signs = found[block] = evenness(routing.load)
         signs["dropped"] = float((counts == 0).float().mean())
         signs["slots_per_token"] = float(counts.float().mean())
         if hasattr(routing, "gates"):
@@ -495,7 +498,7 @@ def statistics(routings):
             signs["entropy"] = float(entropy / math.log(max(2, gates.shape[-1])))
         if hasattr(routing, "router_gradient"):
             signs["router_gradient"] = float(routing.router_gradient)
-    return told
+    return found
 
 
 def evenness(load):
@@ -543,15 +546,14 @@ def evaluate(settings, data, model, split):
     for batch in waiting(data.split(split), f"evaluating on {split}"):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
-        for name, value in (counts | {"loss": loss * counts["count"]}).items():
-            add(sums, {name: float(value)})
-        for block, of in statistics(routings).items():
-            add(signs.setdefault(block, {}), of)
+        add(sums, numbers(counts | {"loss": loss * counts["count"]}))
+        for block, of_block in statistics(routings).items():
+            add(signs.setdefault(block, {}), of_block)
         add(loads, {block: routing.load for block, routing in routings.items()})
         batches += 1
     blocks = {}
-    for block, of in signs.items():
-        blocks[block] = {name: value / batches for name, value in of.items()}
+    for block, of_block in signs.items():
+        blocks[block] = {name: value / batches for name, value in of_block.items()}
         blocks[block] |= evenness(loads[block])  # of the whole split
     metrics = numbers(data.metrics(sums))
     if not math.isfinite(metrics["loss"]):
@@ -598,10 +600,10 @@ def tell(settings, data, model, summary, joints):
     """Print what a run found."""
     say(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
     rows = []
-    for block, of in summary["specialisation"].items():
-        for label, (value, mean, bound) in of.items():
-            numbers = {"NMI": value, "by chance": mean, "95 % of chance": bound}
-            texts = {name: f"{number:.3f}" for name, number in numbers.items()}
+    heads = "NMI", "by chance", "95 % of chance"
+    for block, labels in summary["specialisation"].items():
+        for label, values in labels.items():
+            texts = {head: f"{value:.3f}" for head, value in zip(heads, values)}
             rows.append({"block": str(block), "experts know of": label, **texts})
     if rows:
         say(table(rows))
@@ -640,20 +642,12 @@ def show(bar, line):
 
 # ================================================================ Later: the table
 DECIMALS = {  # of a column; 1 where it is not named
-    "bits/byte": 3,
-    "dropless": 3,
-    "as generated": 3,
-    "perplexity": 2,
-    "bytes/token": 2,
-    "load max/mean": 2,
-    "slots/token": 2,
+    **dict.fromkeys(
+        ("vocabulary", "parameters", "active", "seconds", "images/s", "sequences/s"), 0
+    ),
+    **dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2),
+    **dict.fromkeys(("bits/byte", "dropless", "as generated"), 3),
     "GFLOPs": 4,
-    "vocabulary": 0,
-    "parameters": 0,
-    "active": 0,
-    "seconds": 0,
-    "images/s": 0,
-    "sequences/s": 0,
 }
 CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to tell
 KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "topic")
@@ -668,7 +662,7 @@ def row(summaries, task, known=False):
     of_runs = [cells(summary, task, known) for summary in summaries]
     texts = {}
     for name in of_runs[0]:
-        values = [of[name] for of in of_runs]
+        values = [found[name] for found in of_runs]
         decimals = 3 if name.startswith("NMI") else DECIMALS.get(name, 1)
         texts[name] = spell_cell(values, decimals, spread=name not in CONSTANT)
     return texts
@@ -677,26 +671,26 @@ def row(summaries, task, known=False):
 def cells(summary, task, known):
     """{column: number, list of one number a block, (mean, deviation), or None} of one run."""
     blocks = summary[task.SPLITS[-1]]["blocks"].values()
-    told = task.columns(summary)
-    told["load max/mean"] = [block["load"] for block in blocks]
-    told["dropped %"] = [100 * block["dropped"] for block in blocks]
-    told["slots/token"] = [block["slots_per_token"] for block in blocks]
-    told["parameters"], told["active"] = summary["parameters"], summary["active_parameters"]
-    told["GFLOPs"] = summary["gflops"]
-    told[f"{task.UNIT}/s"] = summary[f"{task.UNIT}_per_second"]
-    told["first step s"] = summary.get("first_step_seconds")
-    told["seconds"] = summary["seconds"]
+    found = task.columns(summary)
+    found["load max/mean"] = [block["load"] for block in blocks]
+    found["dropped %"] = [100 * block["dropped"] for block in blocks]
+    found["slots/token"] = [block["slots_per_token"] for block in blocks]
+    found["parameters"], found["active"] = summary["parameters"], summary["active_parameters"]
+    found["GFLOPs"] = summary["gflops"]
+    found[f"{task.UNIT}/s"] = summary[f"{task.UNIT}_per_second"]
+    found["first step s"] = summary.get("first_step_seconds")
+    found["seconds"] = summary["seconds"]
     for label in KNOWN if known else ():
         values = []
-        for of in summary["specialisation"].values():
-            if label in of:
-                values.append(of[label][0] - of[label][1])
-        told[f"NMI {label}"] = float(np.mean(values)) if values else None
-    return told
+        for labels in summary["specialisation"].values():
+            if label in labels:
+                values.append(labels[label][0] - labels[label][1])
+        found[f"NMI {label}"] = float(np.mean(values)) if values else None
+    return found
 
 
 def spell_cell(values, decimals, spread):
-    """The values of one column in all runs of a row, as text."""
+    """One column of a row as text: values as cells() gives them, one a run."""
 
     def spell(number):
         return f"{number:,.{decimals}f}"
@@ -724,13 +718,11 @@ def table(rows):
     names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
 
-    def line(texts):
-        padded = [text.ljust(width[name]) for name, text in zip(names, texts)]
-        return "| " + " | ".join(padded) + " |"
+    def line(row):
+        return "| " + " | ".join(row[name].ljust(width[name]) for name in names) + " |"
 
-    lines = [line(names), line(["-" * width[name] for name in names])]
-    lines += [line([row[name] for name in names]) for row in rows]
-    return "\n".join(lines)
+    rule = {name: "-" * width[name] for name in names}
+    return "\n".join(map(line, [dict(zip(names, names)), rule, *rows]))
 
 
 def results(folder):
@@ -739,7 +731,7 @@ def results(folder):
     report.html beside it shows the table and the loss curves.
     """
     runs, notes = finished(folder)
-    tasks = {of.settings.task for of in runs}
+    tasks = {done.settings.task for done in runs}
     if len(tasks) != 1:
         why = "no finished run (a folder with a summary.json) lies there"
         if tasks:
@@ -747,28 +739,29 @@ def results(folder):
         raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
     task = TASKS[tasks.pop()]
     groups = {}
-    for of in runs:  # the runs of one setting, one of each seed
-        key = {name: value for name, value in of_result(of.settings).items() if name != "seed"}
-        groups.setdefault(json.dumps(key, sort_keys=True), {})[of.settings.seed] = of
+    for done in runs:  # the runs of one setting, one of each seed
+        key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
+        groups.setdefault(json.dumps(key, sort_keys=True), {})[done.settings.seed] = done
     axes = axes_of(runs)
     entries = []
     for group in groups.values():
         first = next(iter(group.values()))
-        summaries = [of.summary for of in group.values()]
+        summaries = [done.summary for done in group.values()]
         texts = {"router": title(first.settings)}
         texts |= {name: spell_setting(first, name) for name in axes}
-        entry = SimpleNamespace(name=" ".join(text for text in texts.values() if text != "-"))
+        name = " ".join(text for text in texts.values() if text != "-")  # in the picture's legend
+        entry = SimpleNamespace(name=name)
         texts |= {"recipe": recipe(first.settings, axes), "seeds": str(len(group))}
         entry.texts = texts | row(summaries, task, known=True)
         entry.scores = [score(summary, task) for summary in summaries]
-        entry.lines = [of.lines for of in group.values()]
+        entry.lines = [done.lines for done in group.values()]
         entries.append(entry)
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     rank(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
     shown = table([entry.texts for entry in entries])
     same = []
     for name in ("task", "size", "data", "steps", "batch_size", "lr"):
-        values = {spell_setting(of, name) for of in runs}
+        values = {spell_setting(done, name) for done in runs}
         if len(values) == 1 and values != {"-"}:
             same.append(f"{flag(name)} {values.pop()}")
     shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
@@ -787,33 +780,33 @@ def finished(folder):
         try:
             said = read_said(path)
             summary = read_json(path / "summary.json")
-            of = SimpleNamespace(settings=settle(said), said=said, summary=summary)
-            row([summary], TASKS[of.settings.task], known=True)  # raises where something is missing
-            of.lines = read_lines(path)
-            runs.append(of)
-        except (
-            Exception
-        ) as error:  # a damaged file fails in many ways; the others are still a table
+            done = SimpleNamespace(settings=settle(said), said=said, summary=summary)
+            row(
+                [summary], TASKS[done.settings.task], known=True
+            )  # raises where something is missing
+            done.lines = read_lines(path)
+            runs.append(done)
+        except Exception as error:  # a damaged file fails in many ways; the rest is still a table
             notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
     return runs, notes
 
 
 def axes_of(runs):
     """The settings that were said, and differ between runs that have them: a column each."""
-    said = dict.fromkeys(name for of in runs for name in of.said)
+    said = dict.fromkeys(name for done in runs for name in done.said)
     axes = []
     for name in said:
-        values = {spell_setting(of, name) for of in runs} - {"-"}
+        values = {spell_setting(done, name) for done in runs} - {"-"}
         if len(values) > 1 and name not in FREE | {"router", "seed"}:
             axes.append(name)
     return axes
 
 
-def spell_setting(of, name):
+def spell_setting(done, name):
     """A run's setting as text; "-" where it has none, or where it means nothing."""
-    value = getattr(of.settings, name, None)
-    dropless = name == "capacity_factor" and hasattr(of.settings, name)
-    if name in unused(of.said | {name: value}) or (value is None and not dropless):
+    value = getattr(done.settings, name, None)
+    dropless = name == "capacity_factor" and hasattr(done.settings, name)
+    if name in unused(done.said | {name: value}) or (value is None and not dropless):
         return "-"
     return spell(value)
 
@@ -822,30 +815,31 @@ def recipe(settings, axes):
     """What the router's recipe for the task set, as text: rows may differ by that alone."""
     kind = ROUTERS.get(settings.router)
     parts = []
-    for name in kind.recipes.get(settings.task, {}) if kind else ():
+    for name in kind.recipe if kind else ():
         if hasattr(settings, name) and name not in axes:
             parts.append(f"{name} {spell(getattr(settings, name))}")
     return ", ".join(parts) or "-"
 
 
 def rank(entries, task, digits):
-    """Fill in the column "to the best": a difference within both deviations is a tie."""
-    best = entries[0]
-    for entry in reversed(entries):
-        if "(leaky)" not in entry.texts["router"]:
-            best = entry
+    """Fill in the column "to the best" of entries, best first. A leaky one is never the best.
+
+    A difference is a tie if it is at most sqrt(a^2 + b^2), of the two deviations a and b.
+    """
+    fair = [entry for entry in entries if "(leaky)" not in entry.texts["router"]]
+    best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
         spread = math.hypot(deviation(entry.scores), deviation(best.scores))
         if entry is best:
-            told = "best"
+            verdict = "best"
         elif min(len(entry.scores), len(best.scores)) == 1:
-            told = "one seed"
+            verdict = "one seed"
         elif abs(gap) <= spread:
-            told = "tie"
+            verdict = "tie"
         else:
-            told = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
-        entry.texts["to the best"] = told
+            verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
+        entry.texts["to the best"] = verdict
 
 
 def score(summary, task):
@@ -886,23 +880,28 @@ def specialisation(settings, data, model):
 
 
 def examine(data, batch, start, routings):
-    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens."""
+    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens.
+
+    unit: the number of the document, image or token that the label belongs to, as a whole.
+    """
     found = {}
     for name, (label, unit, names) in data.labels(batch, start).items():
-        known = label.flatten() >= 0
+        labelled = label.flatten() >= 0
         for block, routing in routings.items():
             mass = routing.mass().float().cpu()
-            mass = mass.reshape(len(label), -1, mass.shape[-1])  # [B, T, E]; [B, 1, E] of sequences
-            if mass.shape[1] not in (1, label.shape[1]):
+            mass = mass.reshape(len(label), -1, mass.shape[-1])
+            routed = mass.shape[1]  # in an example: T tokens, or one whole sequence
+            if routed not in (1, label.shape[1]):
                 rule = f"labels of {label.shape[1]} tokens an example do not fit a routing"
-                raise ValueError(f"{rule} of {mass.shape[1]}")
-            of = unit
-            if unit is not None and mass.shape[1] < len(unit[0].unique()):
-                sequence = start + torch.arange(len(label))  # what is routed whole is dealt whole
-                of = sequence[:, None].expand_as(label)
-            mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)
-            units = None if of is None else of.flatten()[known]
-            found[block, name, tuple(names)] = mass[known], label.flatten()[known], units
+                raise ValueError(f"{rule} of {routed}")
+            of_routing = unit
+            if unit is not None and routed < len(unit[0].unique()):  # a sequence has many labels,
+                sequence = start + torch.arange(len(label))  # but one routing: it is the unit
+                of_routing = sequence[:, None].expand_as(label)
+            if unit is not None:
+                of_routing = of_routing.flatten()[labelled]
+            mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)[labelled]
+            found[block, name, tuple(names)] = mass, label.flatten()[labelled], of_routing
     return found
 
 
@@ -956,12 +955,17 @@ PAGE = """<!doctype html>
   pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
   td, th {{ padding: .1em .7em .1em 0; text-align: left; }}
   .mosaic td, .mosaic th {{ padding: 0; text-align: center; }}
+  .map td {{ width: 22px; height: 22px; padding: 0; border: 1px solid #ddd; }}
+  caption {{ font-weight: bold; text-align: left; }}
   span {{ white-space: pre-wrap; }}
 </style>
 <h1>{title}</h1>
 {body}
 </html>
 """
+MAPS_SHOW = """<p>In a row: the share of a label's tokens that each expert serves, white none, dark
+blue the most; a token in several slots is divided by its weights. Column “none”: those that no
+expert serves.</p>"""
 SIGNS = {  # headings; a sign that statistics() adds is drawn under its own name
     "load": "load max/mean: 1 is even",
     "dead": "experts without a token",
@@ -970,34 +974,28 @@ SIGNS = {  # headings; a sign that statistics() adds is drawn under its own name
     "entropy": "entropy of the gates: 1 is uniform",
     "router_gradient": "norm of the router's gradient",
 }
+DASHES = ("none", "6 3", "2 3", "8 3 2 3")  # tell lines apart that lie over one another
 LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a picture shows at least
 
 
 def report_page(settings, data, model, summary, joints, record):
     """The page of one run, HTML that needs no network."""
     lines = read_lines(record.folder)
-    told = row([summary], TASKS[settings.task])
-    facts = {"data": data.about, "seed": str(settings.seed), **told}
-    rows = [
-        f"<tr><th>{escape(name)}<td>{escape(text)}" for name, text in facts.items() if text != "-"
-    ]
-    body = ["<div class=wide><table>", *rows, "</table></div>"]
+    texts = row([summary], TASKS[settings.task])
+    body = ["<div class=wide><table>"]
+    for name, text in {"data": data.about, "seed": str(settings.seed), **texts}.items():
+        if text != "-":
+            body.append(f"<tr><th>{escape(name)}<td>{escape(text)}")
+    body.append("</table></div>")
     body += ["<h2>Step by step</h2>", "<div class=row>", *health(lines), "</div>"]
     maps = []
-    for block, of in joints.items():
-        for name, (joint, names) in of.items():
+    for block, labels in joints.items():
+        for name, (joint, names) in labels.items():
             if len(names) <= 24:  # more rows are no picture
                 maps.append(heat_map(f"block {block}: {name}", joint, names))
     if maps:
         body.append("<h2>Where the tokens of each label go</h2>")
-        body.append(
-            "<p>In a row: the share of a label's tokens that each expert serves, white none, "
-        )
-        body.append(
-            "dark blue the most; a token in several slots is divided by its weights. Column "
-        )
-        body.append("“none”: those that no expert serves.</p><div class=row>")
-        body += [*maps, "</div>"]
+        body += [MAPS_SHOW, "<div class=row>", *maps, "</div>"]
     body.append(data.pictures(model, joints))
     return PAGE.format(
         title=escape(f"{settings.task}, router {title(settings)}"), body="\n".join(body)
@@ -1006,19 +1004,20 @@ def report_page(settings, data, model, summary, joints, record):
 
 def grid_page(entries, shown):
     """The page of a grid: its table, and the loss of each row, the mean over its runs."""
-    lines = {}
+    smooth = {}
     for entry in entries:
-        losses = []
-        for of in entry.lines:
-            losses.append({line["step"]: line["loss"] for line in of if "loss" in line})
-        lines[entry.name] = []
-        for step in losses[0] if losses else ():
-            if all(step in of for of in losses):
-                lines[entry.name].append((step, float(np.mean([of[step] for of in losses]))))
-    smooth = {name: smoothed(line) for name, line in lines.items()}
+        losses = collections.defaultdict(list)
+        for line in itertools.chain(*entry.lines):
+            if "loss" in line:
+                losses[line["step"]].append(line["loss"])
+        points = []
+        for step, of_runs in losses.items():
+            if len(of_runs) == len(entry.lines):  # a damaged line may be missing
+                points.append((step, float(np.mean(of_runs))))
+        smooth[entry.name] = smoothed(points)
     body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
     body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
-    return PAGE.format(title="Results", body=body + legend(lines) + "</div>")
+    return PAGE.format(title="Results", body=body + legend(smooth) + "</div>")
 
 
 def smoothed(line, width=0.02):
@@ -1035,60 +1034,65 @@ def health(lines):
     """Pictures of the loss, the gradient's norm and every sign of the blocks, step by step."""
     pictures = []
     for name, heading in ("loss", "loss"), ("grad_norm", "gradient norm"):
-        line = [(of["step"], of[name]) for of in lines if name in of]
-        pictures.append(curves(heading, {"": line}))
-    blocks = lines[-1].get("blocks", {}) if lines else {}
-    signs = dict.fromkeys(sign for of in blocks.values() for sign in of)
-    for sign in signs:
-        by_block = {}
-        for block in blocks:
-            by_block[f"block {block}"] = [
-                (of["step"], of["blocks"][block][sign])
-                for of in lines
-                if sign in of.get("blocks", {}).get(block, {})
-            ]
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        pictures.append(curves(heading, {"": points}))
+    drawn = {}  # {sign: {block: points}}
+    for line in lines:
+        for block, signs in line.get("blocks", {}).items():
+            for sign, value in signs.items():
+                points = drawn.setdefault(sign, {}).setdefault(f"block {block}", [])
+                points.append((line["step"], value))
+    for sign, by_block in drawn.items():
         pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign)))
     return pictures
 
 
 def curves(heading, lines, limits=None, width=350, height=210):
     """An SVG of lines {name: [(x, y), ...]} in one frame. limits: y that must be seen."""
-    points = [point for line in lines.values() for point in line if math.isfinite(point[1])]
-    xs, ys = [x for x, _ in points] or [0, 1], [y for _, y in points] or [0, 1]
+    xs, ys = [], []
+    for x, y in itertools.chain(*lines.values()):
+        if math.isfinite(y):
+            xs.append(x)
+            ys.append(y)
+    xs, ys = xs or [0, 1], ys or [0, 1]
     left, right = min(xs), max(xs)
     low, high = min([*ys, *(limits or ys)]), max([*ys, *(limits or ys)])
-    high = high if high > low else low + (abs(low) or 1)
+    if not high > low:
+        high = low + (abs(low) or 1)
     x0, y0, w, h = 52, 26, width - 64, height - 50
 
-    def place(x, y):
-        across = (x - left) / ((right - left) or 1)
-        return f"{x0 + w * across:.1f},{y0 + h - h * (y - low) / (high - low):.1f}"
+    def across(x):
+        return x0 + w * (x - left) / ((right - left) or 1)
+
+    def up(y):
+        return y0 + h * (high - y) / (high - low)
 
     parts = [svg_text(x0, 16, heading, more='font-weight="bold"')]
     parts.append(f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#999"/>')
     for tick in ticks(low, high):
-        y = float(place(left, tick).split(",")[1])
-        parts.append(f'<path d="M{x0},{y}h{w}" stroke="#ddd"/>')
-        parts.append(svg_text(x0 - 5, y + 4, f"{tick:.4g}", "end"))
+        parts.append(f'<path d="M{x0},{up(tick):.1f}h{w}" stroke="#ddd"/>')
+        parts.append(svg_text(x0 - 5, up(tick) + 4, f"{tick:.4g}", "end"))
     for tick in ticks(left, right):
-        x = float(place(tick, low).split(",")[0])
-        parts.append(svg_text(x, y0 + h + 16, f"{tick:.6g}", "middle"))
+        parts.append(svg_text(across(tick), y0 + h + 16, f"{tick:.6g}", "middle"))
     for i, (name, line) in enumerate(lines.items()):
-        drawn = " ".join(place(*point) for point in line if math.isfinite(point[1]))
-        style = f'stroke="{hue(i, len(lines))}" stroke-width="1.5" stroke-dasharray="{dashes(i)}"'
+        drawn = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line if math.isfinite(y))
+        dashes = DASHES[i % len(DASHES)]
+        style = f'stroke="{hue(i, len(lines))}" stroke-width="1.5" stroke-dasharray="{dashes}"'
         label = f"<title>{escape(name)}</title>"
         parts.append(f'<polyline points="{drawn}" fill="none" {style}>{label}</polyline>')
         if 1 < len(lines) <= 6:
             x = x0 + w - 8
             parts.append(svg_text(x, y0 + 14 + 14 * i, name, "end", f'fill="{hue(i, len(lines))}"'))
-    return svg(width, height, parts)
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
+    return f"<svg {style} {size}>{''.join(parts)}</svg>"
 
 
 def ticks(low, high):
     """Three to six round numbers from low to high."""
     if not high > low:
         return [low]
-    step = 10 ** math.floor(math.log10((high - low) or 1))
+    step = 10 ** math.floor(math.log10(high - low))
     while (high - low) / step > 5:
         step *= 2
     while (high - low) / step < 2:
@@ -1097,37 +1101,19 @@ def ticks(low, high):
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def heat_map(heading, joint, names, cell=22):
-    """An SVG of joint [labels, E + 1]: of each label, the share of its tokens in each column."""
+def heat_map(heading, joint, names):
+    """A table of joint [labels, E + 1]: of each label, the share of its tokens in each column."""
     share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
     most = max(1e-9, float(share.max()))
-    experts = share.shape[1] - 1
-    x0, y0 = 150, 46
-    parts = [svg_text(4, 16, heading, more='font-weight="bold"')]
-    heads = [*map(str, range(experts)), "none"]
-    for e, head in enumerate(heads):
-        parts.append(svg_text(x0 + cell * (e + 0.5) + 6 * (e == experts), y0 - 6, head, "middle"))
-    for r, name in enumerate(names):
-        parts.append(svg_text(x0 - 6, y0 + cell * (r + 0.7), name, "end"))
-        for e, part in enumerate(share[r].tolist()):
-            x, y = x0 + cell * e + 6 * (e == experts), y0 + cell * r
-            red, green, blue = (round(255 - part / most * (255 - full)) for full in (8, 48, 107))
-            told = f"{name}, {'no expert' if e == experts else f'expert {e}'}: {part:.3f}"
-            parts.append(
-                f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" stroke="#ddd" '
-                f'fill="rgb({red},{green},{blue})"><title>{escape(told)}</title></rect>'
-            )
-    bottom = y0 + cell * len(names)
-    parts.append(svg_text(x0, bottom + 16, f"the darkest: {most:.2f}"))
-    return svg(max(290, x0 + cell * (experts + 1) + 20), bottom + 26, parts)
-
-
-def svg(width, height, parts):
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-    )
-    return head + "".join(parts) + "</svg>"
+    heads = [*map(str, range(share.shape[1] - 1)), "none"]
+    parts = [f"<th>{head}" for head in ("", *heads)]
+    for name, values in zip(names, share.tolist()):
+        parts.append(f"<tr><th>{escape(name)}")
+        for head, value in zip(heads, values):
+            style = f"background:rgba(8,48,107,{value / most:.2f})"
+            parts.append(f'<td style="{style}" title="{escape(name)}, {head}: {value:.3f}">')
+    darkest = f"<caption>{escape(heading)}; the darkest: {most:.2f}</caption>"
+    return f"<table class=map>{darkest}<tr>{''.join(parts)}</table>"
 
 
 def svg_text(x, y, words, anchor="start", more=""):
@@ -1140,17 +1126,12 @@ def hue(i, count):
     return "#444444" if count == 1 else "rgb{}".format(color(i, count, lightness=0.4))
 
 
-def dashes(i):
-    """Lines over one another are told apart by their dashes."""
-    return ("none", "6 3", "2 3", "8 3 2 3")[i % 4]
-
-
 def legend(names):
-    rows = [
-        f'<div><span style="color:{hue(i, len(names))}">&#9632;</span> {escape(name)}</div>'
-        for i, name in enumerate(names)
-    ]
-    return "<div>" + "\n".join(rows) + "</div>"
+    rows = []
+    for i, name in enumerate(names):
+        mark = f'<span style="color:{hue(i, len(names))}">&#9632;</span>'
+        rows.append(f"<div>{mark} {escape(name)}</div>")
+    return f"<div>{''.join(rows)}</div>"
 
 
 def escape(text):
@@ -1165,11 +1146,9 @@ def picture(folders, path, count=5):
     parts = []
     for folder in folders:
         _, data, model, _ = load_run(folder)
-        parts.append(data.mosaic(model, count))
-    sheet = np.concatenate(
-        [np.pad(part, ((0, 0), (0, 12), (0, 0)), constant_values=255) for part in parts], 1
-    )
-    pathlib.Path(path).write_bytes(moe_vision.png(sheet))
+        part = data.mosaic(model, count)
+        parts.append(np.pad(part, ((0, 0), (0, 12), (0, 0)), constant_values=255))
+    pathlib.Path(path).write_bytes(moe_vision.png(np.concatenate(parts, 1)))
 
 
 # ================================================================ Later: runs that survive
@@ -1271,18 +1250,18 @@ class Record:
     def seconds(self):
         return self.before + time.perf_counter() - self.start
 
-    def time_first_step(self):
+    def note_first_step(self):
         self.first = self.first or time.perf_counter() - self.start
 
     def spent(self):
-        """Seconds and examples a second of training; a compiled first step is told apart."""
+        """Seconds and examples a second of training; a compiled first step is counted apart."""
         seconds, steps = self.seconds(), self.settings.steps
-        told = {"seconds": seconds}
+        spent = {"seconds": seconds}
         if self.settings.compile and steps > 1:
-            told["first_step_seconds"] = self.first
+            spent["first_step_seconds"] = self.first
             seconds, steps = seconds - self.first, steps - 1
         rate = self.settings.batch_size * steps / max(seconds, 1e-9)
-        return told | {f"{TASKS[self.settings.task].UNIT}_per_second": rate}
+        return spent | {f"{TASKS[self.settings.task].UNIT}_per_second": rate}
 
     def finish(self, summary, page):
         """The last lines of metrics.jsonl, the report, the summary; before anything is printed."""
@@ -1392,10 +1371,12 @@ def read_said(folder):
         said = read_json(pathlib.Path(folder) / "config.json")["said"]
         words = []
         for name, value in said.items():
-            if value is False:
+            if value is True:
+                words.append(flag(name))
+            elif value is False:
                 words.append("--no-" + flag(name)[2:])
             else:
-                words += [flag(name)] if value is True else [f"{flag(name)}={spell(value)}"]
+                words.append(f"{flag(name)}={spell(value)}")
         action, parsed = parse(words)
         if action is not None:
             raise ValueError("it holds more than settings")
@@ -1477,16 +1458,19 @@ def sample(folder, asked):
     device = pick_device(settings)
     with reading(folder, "is no run", "cannot be read as a run"):
         known = SimpleNamespace(tokens=settings.context)
-        known.build = lambda settings, feed: moe_tokens.build_gpt(
-            settings, len(tokenizer.pieces), ["any"], feed
+        known.build = lambda settings, make_feed: moe_tokens.build_gpt(
+            settings, len(tokenizer.pieces), ["any"], make_feed
         )
         model = build(settings, known, device)
         model.load_state_dict(checkpoint["model"])
     with dropless(model) as differs:
         text = moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty())
-    notes = ["sampled dropless, trained with a capacity"] if differs else []
-    notes += [settings.remark] if settings.remark else []
-    say(text + (f"\n({'; '.join(notes)})" if notes else ""))
+    notes = [settings.remark] if settings.remark else []
+    if differs:
+        notes.append("sampled dropless, trained with a capacity")
+    if notes:
+        text += f"\n({'; '.join(notes)})"
+    say(text)
 
 
 # ================================================================ Later: many processes
@@ -1501,8 +1485,10 @@ def process_group():
         if not os.environ.get(name, "").isdigit():
             value = os.environ.get(name)
             raise ValueError(f"torchrun sets {name} to a whole number, got {name}={value}")
+    # Hours: in a grid, the others wait while process 0 evaluates a run.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    # All that routers.py needs to know of other processes.
     alone = routers.draw_noise, routers.mean_over_processes
     routers.draw_noise, routers.mean_over_processes = whole_noise, mean_over_processes
     try:
@@ -1545,8 +1531,7 @@ def total(values, device, share=1):
     """{name: number} summed over all processes, divided by `share`."""
     if not dist.is_initialized() or not values:
         return values
-    numbers = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()]
-    vector = torch.stack(numbers)
+    vector = torch.stack([torch.as_tensor(value).double().to(device) for value in values.values()])
     dist.all_reduce(vector)
     return dict(zip(values, vector / share))
 
@@ -1566,21 +1551,21 @@ def whole_noise(logits):
 
 
 # ================================================================ Later: grids
-def grid(said):
-    """Every combination of the values said, {setting: [values]}: a run folder each below --out.
+def grid(lists):
+    """Every combination of lists, {setting: [values]}: a run folder each, below --out.
 
     Finished runs are kept, unfinished ones go on, equal ones are one. Ends with the table.
     """
     for name in ("out", "device", "log_every", "save_every", "task"):
-        if len(said.get(name, ())) > 1:
-            raise ValueError(f"{flag(name)} takes one value, got {len(said[name])}")
-    every = "all" in said.get("router", ())
+        if len(lists.get(name, ())) > 1:
+            raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
+    every = "all" in lists.get("router", ())
     if every:
-        said = said | {"router": ["dense", *ROUTERS]}
-        said.setdefault("dense_match", ["active", "total"])
-    task = said.get("task", [SETTINGS["task"][1]])[0]
-    out = pathlib.Path(said.get("out", [f"runs/grid-{task}"])[0])
-    runs = grid_runs(said, every)
+        lists = lists | {"router": ["dense", *ROUTERS]}
+        lists.setdefault("dense_match", ["active", "total"])
+    task = lists.get("task", [SETTINGS["task"][1]])[0]
+    out = pathlib.Path(lists.get("out", [f"runs/grid-{task}"])[0])
+    runs = grid_runs(lists, every)
     out.mkdir(parents=True, exist_ok=True)
     status = 0
     for code, (name, cell) in tqdm(runs.items(), desc="grid", dynamic_ncols=True):
@@ -1603,19 +1588,20 @@ def grid(said):
     return status
 
 
-def grid_runs(said, every):
+def grid_runs(lists, every):
     """{code: (name, said of one run)}. ValueError for a setting or combination that no run takes.
 
     every: with --router all, routers that cannot take the settings are left out.
     """
-    axes = [name for name, values in said.items() if len(values) > 1]
-    runs, used, reasons, failed = {}, set(), {}, []
-    for values in itertools.product(*said.values()):
-        cell = dict(zip(said, values))
+    axes = [name for name, values in lists.items() if len(values) > 1]
+    runs, failed = {}, []
+    meant, idle = set(), {}  # settings that mean something in some cell, and why in others not
+    for values in itertools.product(*lists.values()):
+        cell = dict(zip(lists, values))
         router = cell.get("router", SETTINGS["router"][1])
-        without = unused(cell)
-        reasons |= without
-        cell = {name: value for name, value in cell.items() if name not in without}
+        here = unused(cell)
+        idle |= here
+        cell = {name: value for name, value in cell.items() if name not in here}
         try:
             settings = settle(cell)
         except ValueError as error:
@@ -1625,7 +1611,7 @@ def grid_runs(said, every):
                 continue
             at = " ".join(f"{flag(name)} {spell(cell[name])}" for name in axes if name in cell)
             raise ValueError(f"{at}: {error}") from None
-        used |= set(cell)
+        meant |= set(cell)
         config = json.dumps(of_result(settings), sort_keys=True)
         code = hashlib.sha256(config.encode()).hexdigest()[:8]
         parts = [settings.router]
@@ -1635,8 +1621,8 @@ def grid_runs(said, every):
         runs[code] = "-".join([*parts, f"seed_{settings.seed}"]), cell
     if not runs:
         raise ValueError(f"no router takes these settings; {failed[0]}")
-    for name, why in reasons.items():
-        if name not in used:
+    for name, why in idle.items():
+        if name not in meant:
             raise ValueError(why)
     return runs
 
@@ -1646,8 +1632,8 @@ def bench(said):
     """Forward and backward of one MoE layer, of every router or --router, in a table.
 
     In the same rounds, against what it could cost at least: a dense FFN of the experts' FLOPs, the
-    experts alone on as many slots, the tensor (einsum) form, and a plain matrix product. Times are
-    medians after warm-up; "kept" is what the forward leaves for the backward, weights apart.
+    experts alone on as many slots, and the tensor (einsum) form. Times are medians after warm-up;
+    "kept" is what the forward leaves for the backward, weights apart.
     """
     sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
     sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
@@ -1663,27 +1649,23 @@ def bench(said):
     if b.out:
         save(pathlib.Path(b.out), "")  # fails now rather than after all the timing
     b.device = pick_device(b)
-    timed_rows = []
+    measured = []
     for name in ROUTERS if b.router == "all" else [b.router]:
-        timed_rows.append(bench_router(b, name, options))
-    peak = max(of["peak_flops"] for of in timed_rows)
-    rows = []
-    for of in timed_rows:
-        ms = of["ms"]
-        rows.append({"router": of["router"], "ms": f"{ms['layer']:.1f}"})
-        for what in ("dense", "bare experts", "tensor form"):
-            rows[-1]["/ " + what] = f"{of['ratio'][what]:.2f}" if what in ms else "-"
-        rows[-1]["tokens/s"] = f"{1e3 * b.tokens / ms['layer']:,.0f}"
-        rows[-1]["% of matmul peak"] = f"{100 * of['flops_per_second'] / peak:.0f}"
-        rows[-1]["MiB kept"] = f"{of['MiB']['layer']:.0f}"
-        rows[-1]["dense MiB"] = f"{of['MiB']['dense']:.0f}"
-        rows[-1]["first step s"] = f"{of['first_step_s']:.1f}" if b.compile else "-"
+        measured.append(bench_router(b, name, options))
     if b.out:
-        save(pathlib.Path(b.out), timed_rows)
+        save(pathlib.Path(b.out), measured)
+    rows = []
+    for times in measured:
+        ratio, kept = times["ratio"], times["MiB"]
+        line = {"router": times["router"], "ms": f"{times['ms']['layer']:.1f}"}
+        for what in "dense", "bare experts", "tensor form":
+            line["/ " + what] = f"{ratio[what]:.2f}" if what in ratio else "-"
+        line["MiB kept"], line["dense MiB"] = f"{kept['layer']:.0f}", f"{kept['dense']:.0f}"
+        rows.append(line)
     say(
         f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}, "
         f"{b.experts} experts; {b.device.type}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, matmul peak {peak / 1e9:.0f} GFLOP/s, median of {b.repeats}"
+        f"{torch.__version__}, median of {b.repeats}"
     )
     say(table(rows))
 
@@ -1704,23 +1686,22 @@ def bench_router(b, name, options):
     filled = sum(routing.filled) if getattr(routing, "filled", None) else G * E * C
     layer = wrap(b, moe)
     slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
-    side = 8192 if b.device.type == "cuda" else 1024
-    square = torch.randn(side, side, device=b.device)
+
+    def run_layer(z):
+        return layer(z)[0]
 
     def tensor_form(z):
         routing = moe.router(z)
         return Routing(*routing.tensors(), routing.load).run(z, moe.experts)
 
     calls = {
-        "layer": (lambda z: layer(z)[0], x),
+        "layer": (run_layer, x),
         "dense": (dense, x.new_empty(filled, D).normal_()),
         "bare experts": (moe.experts, slots),
-        "matmul": (lambda z: z @ z, square),
     }
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
-    first = timed(b, *calls["layer"])[0]
-    seconds, kept = {what: [] for what in calls}, {}
+    seconds, kept = collections.defaultdict(list), {}
     for i in range(b.repeats + 2):
         for what, call in calls.items():
             moe.zero_grad()
@@ -1728,19 +1709,12 @@ def bench_router(b, name, options):
             taken, kept[what] = timed(b, *call)
             if i >= 2:
                 seconds[what].append(taken)
-    seconds = {what: np.array(taken) for what, taken in seconds.items()}
-    ms = {what: 1e3 * float(np.median(taken)) for what, taken in seconds.items()}
-    ratio = {what: float(np.median(seconds["layer"] / taken)) for what, taken in seconds.items()}
-    return {
-        "router": name,
-        "options": options,
-        "ms": ms,
-        "ratio": ratio,
-        "first_step_s": first,
-        "MiB": {what: kept[what] / 2**20 for what in ("layer", "dense")},
-        "flops_per_second": 3 * 4 * filled * D * b.hidden / (ms["layer"] / 1e3),
-        "peak_flops": 3 * 2 * side**3 / seconds["matmul"].min(),
-    }
+    measured = {"router": name, "options": options, "ms": {}, "ratio": {}, "MiB": {}}
+    for what, taken in seconds.items():
+        measured["ms"][what] = 1e3 * float(np.median(taken))
+        measured["ratio"][what] = float(np.median(np.divide(seconds["layer"], taken)))
+        measured["MiB"][what] = kept[what] / 2**20
+    return measured
 
 
 def timed(b, call, x):
@@ -1748,7 +1722,9 @@ def timed(b, call, x):
     x, seen = x.detach().requires_grad_(), {}
 
     def pack(tensor):
-        base = tensor if tensor._base is None else tensor._base
+        base = tensor
+        if tensor._base is not None:
+            base = tensor._base
         if not base.is_leaf or not base.requires_grad:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
@@ -1775,15 +1751,15 @@ def synchronize(device):
 
 
 # ================================================================ Later: the command line
-def number(rule, low, high, kind=float, above=False):
-    """A parser of numbers from `low` (or above it) to `high`, which names its rule."""
+def number_parser(rule, low, high, kind=float):
+    """A parser of numbers from `low` to `high`, which names its rule."""
 
     def parse_number(text):
         value = kind(text)
-        held = low < value <= high if above else low <= value <= high
-        if not held:
-            most = f", at most {high:,}" if value > high else ""
-            raise argparse.ArgumentTypeError(f"must be {rule}{most}, got {text}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be {rule}, at most {high:,}, got {text}")
+        if not value >= low:  # nor NaN
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
 
     parse_number.__name__ = "whole number" if kind is int else "number"  # in argparse's messages
@@ -1794,11 +1770,11 @@ def capacity(text):
     return None if text == "none" else KINDS["positive"](text)
 
 
-def blocks(text):
+def block_list(text):
     return sorted({int(n) for n in text.split(",") if n.strip()})
 
 
-def path(text):
+def path_text(text):
     if not text:
         raise argparse.ArgumentTypeError("is empty; say a path or leave the flag away")
     return text
@@ -1811,18 +1787,18 @@ def router_name(text):
     return text
 
 
-capacity.__name__, blocks.__name__ = "number", "list such as 1,3"
+capacity.__name__, block_list.__name__ = "number", "list such as 1,3"
 KINDS = {
-    "whole": number("a whole number >= 1", 1, 10**7, int),
-    "few": number("a whole number >= 1", 1, 4096, int),
-    "count": number("a whole number >= 0", 0, 4096, int),
-    "integer": number("a whole number", -(2**63), 2**63 - 1, int),
-    "positive": number("a positive number", 0, sys.float_info.max, above=True),
-    "at_least_0": number("a number >= 0", 0, sys.float_info.max),
-    "share": number("a share from 0 up to 1", 0, 1 - 1e-9),
+    "whole": number_parser("a whole number >= 1", 1, 10**7, int),
+    "few": number_parser("a whole number >= 1", 1, 4096, int),
+    "count": number_parser("a whole number >= 0", 0, 4096, int),
+    "integer": number_parser("a whole number", -(2**63), 2**63 - 1, int),
+    "positive": number_parser("a positive number", math.ulp(0.0), sys.float_info.max),
+    "at_least_0": number_parser("a number >= 0", 0, sys.float_info.max),
+    "share": number_parser("a share from 0 up to 1", 0, 1 - 1e-9),
     "capacity": capacity,
-    "blocks": blocks,
-    "path": path,
+    "blocks": block_list,
+    "path": path_text,
     "router": router_name,
     "text": str,
 }
@@ -1863,8 +1839,8 @@ def make_parser():
     options = {}
     for name, default in OPTIONS.items():
         having = [router for router, kind in ROUTERS.items() if name in kind.defaults]
-        told = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
-        options[name] = option_kind(name, default), default, told
+        what = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
+        options[name] = option_kind(name, default), default, what
     groups = {
         "a run": SETTINGS,
         "images": moe_vision.SETTINGS,
@@ -1876,42 +1852,42 @@ def make_parser():
     }
     for heading, settings in groups.items():
         group = parser.add_argument_group(heading)
-        for name, (kind, default, told) in settings.items():
+        for name, (kind, default, what) in settings.items():
             try:
-                add_flag(group, name, kind, default, told)
+                add_flag(group, name, kind, default, what)
             except argparse.ArgumentError:
                 rule = "has the name of another flag; call it otherwise"
                 raise ValueError(f"router option {name} {rule}") from None
     return parser
 
 
-def add_flag(group, name, kind, default, told):
+def add_flag(group, name, kind, default, what):
     sizes = [task.SIZES["tiny"].get(name) for task in TASKS.values()]
     if sizes != [None, None]:
         shown = ", ".join(f"{task} {size}" for task, size in zip(TASKS, sizes) if size is not None)
-        told += f" ({shown})"
+        what += f" ({shown})"
     elif default is not None and default is not False and default != "":
-        told += f" ({default})"
-    told = told.replace("%", "%%")
+        what += f" ({default})"
+    what = what.replace("%", "%%")
     if kind is bool:
         action = argparse.BooleanOptionalAction
-        group.add_argument(flag(name), action=action, default=argparse.SUPPRESS, help=told)
+        group.add_argument(flag(name), action=action, default=argparse.SUPPRESS, help=what)
     elif isinstance(kind, tuple):
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=told, choices=kind)
+        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, choices=kind)
         group.add_argument(flag(name), **many)
     else:
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=told, type=KINDS[kind])
+        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, type=KINDS[kind])
         group.add_argument(flag(name), **many, metavar=name.split("_")[-1].upper())
 
 
 def parse(words):
     """The command line -> an action or None, and what it says, {setting: [values]}."""
-    said = vars(make_parser().parse_args(words))
-    said = {name: value if isinstance(value, list) else [value] for name, value in said.items()}
-    actions = [name for name in ACTIONS if said.get(name, [False]) != [False]]
+    lists = vars(make_parser().parse_args(words))
+    lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
+    actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
     if len(actions) > 1:
         raise ValueError(f"one at a time: {', '.join(flag(name) for name in actions)}")
-    return (actions[0] if actions else None), said
+    return (actions[0] if actions else None), lists
 
 
 class Outlet:
@@ -1973,8 +1949,8 @@ def main(words=None):
             "memory|alloc|overflow|too large", one_line(error) + type(error).__name__, re.I
         ):
             raise
-        told = one_line(error)[:200]
-        print(f"train.py: error: these sizes do not fit into memory: {told}", file=sys.stderr)
+        why = one_line(error)[:200]
+        print(f"train.py: error: these sizes do not fit into memory: {why}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         sys.stdout.flush()
@@ -1982,33 +1958,31 @@ def main(words=None):
 
 
 def command(words):
-    action, said = parse(words)
-    grown = any(len(values) > 1 for values in said.values()) or "all" in said.get("router", ())
+    action, lists = parse(words)
+    said = {name: values[0] for name, values in lists.items()}
+    grown = any(len(values) > 1 for values in lists.values()) or "all" in lists.get("router", ())
     if action is None:
-        for name in said:
+        for name in lists:
             if name in SAMPLING or name in BENCH:
                 raise ValueError(f"{flag(name)} is for --sample or --bench")
-        if grown:
-            return grid(said)
-        return run({name: values[0] for name, values in said.items()})
-    one = {name: values[0] for name, values in said.items()}
-    if grown and not (action == "bench" and len(said) == sum(map(len, said.values()))):
+        return grid(lists) if grown else run(said)
+    if grown and not (action == "bench" and len(lists) == sum(map(len, lists.values()))):
         raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
-    folder = one.pop(action)
+    folder = said.pop(action)
     if action == "bench":
-        bench(one)
+        bench(said)
     elif action == "resume":
-        return run(going_on(pathlib.Path(folder), one), pathlib.Path(folder), resume=True)
+        return run(going_on(pathlib.Path(folder), said), pathlib.Path(folder), resume=True)
     elif action == "table":
-        beside(action, one, ())
+        beside(action, said, ())
         results(folder)
     elif action == "eval":
-        beside(action, one, ("device",))
-        evaluate_again(folder, one.get("device", "auto"))
+        beside(action, said, ("device",))
+        evaluate_again(folder, said.get("device", "auto"))
     else:
-        beside(action, one, ("device", "seed", "task", *SAMPLING))
+        beside(action, said, ("device", "seed", "task", *SAMPLING))
         asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
-        sample(folder, SimpleNamespace(**(asked | one)))
+        sample(folder, SimpleNamespace(**(asked | said)))
     return 0
 
 
@@ -2019,10 +1993,12 @@ def beside(action, said, allowed):
 
 
 def going_on(folder, said):
-    """What is said of a run that goes on. ValueError for settings of another result."""
+    """What is said of a run that goes on. ValueError for settings of another result, and --out."""
     before = read_said(folder)
     had = settle(before)
     for name, value in said.items():
+        if name == "out":
+            raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
         if name not in FREE | {"steps"} and getattr(had, name, None) != value:
             asked, has = f"{flag(name)} {spell(value)}", spell(getattr(had, name, None))
             raise ValueError(f"{asked} contradicts the run in {folder}, which has {has}")
