@@ -2840,7 +2840,7 @@ def test_a_run_killed_three_times_ends_as_one(task, router, shelf, album, tmp_pa
         checkpoint = checkpoint_of(b)
         ends.append((checkpoint["step"], lines_in(b), checkpoint["model"]["embed.weight"]))
         with open(b / "metrics.jsonl", "ab") as file:
-            file.write(b'{"step": 39, "lo')  # as if it had died in the middle of a line
+            file.write(b'{"step": 39, "lo' * 9999)  # as if it had died in the middle of a line
     assert any(count > step for step, count, _ in ends), "no line was ever cut back"
     assert ends[0][0] < ends[1][0] < ends[2][0] and not torch.equal(ends[0][2], ends[2][2])
     assert run("--resume", b) == 0
