@@ -2889,6 +2889,8 @@ def test_a_signal_saves_first(number, status, here, capsys, monkeypatch, album):
     assert "it is of step 7, beyond --steps 6" in refused(capsys, "--resume b --steps 6")
     assert json_of(b / "config.json")["settings"]["steps"] == 9
     assert "--out b is not empty" in refused(capsys, *flags, "--out b")
+    assert "--out means nothing beside --resume" in refused(capsys, "--resume b --out c")
+    assert run("--resume b") == 0  # nothing that was refused holds the folder
 
 
 def test_a_signal_in_the_last_step_ends_the_run_and_the_grid(tmp_path, monkeypatch, album):

@@ -1174,6 +1174,7 @@ class Record:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = locked(self.folder)
             if self.new and any(self.folder.iterdir()):
+                self.__exit__(None, None, None)  # which `with` calls only after __enter__
                 raise ValueError(f"--out {self.folder} is not empty; choose another folder")
         self.start = time.perf_counter()
         return self
