@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from routers import MoE, color, seeded, send
+from routers import MoE, color, rows_of_step, seeded, send
 
 UNIT = "sequences"  # speed is told in these a second
 SPLITS = ("validation",)  # what is evaluated; the last one is for the table
@@ -52,17 +52,9 @@ SIZES = {  # model and budget; each entry is a setting of its own
 }  # fmt: skip
 
 SETTINGS = {  # as in train.py: name: (kind, default, what it is)
-    "vocab_size": (
-        "whole",
-        None,
-        "tokens at most, 256 bytes among them; .bin files: all they hold",
-    ),
+    "vocab_size": ("whole", None, "tokens at most, 256 bytes among them; .bin: all they hold"),
     "context": ("whole", None, "tokens in a block"),
-    "score_from": (
-        "whole",
-        None,
-        "first position that is scored; none: 1, or --prefix if it routes",
-    ),
+    "score_from": ("whole", None, "first position that is scored; none: 1, or --prefix"),
     "replace_undecodable": (bool, False, "read bytes that are no UTF-8 as U+FFFD"),
     "unit": (("token", "sequence"), "token", "what is routed"),
     "pool": (("prefix", "mean"), None, "route a sequence by its beginning (none: this) or by all"),
@@ -156,6 +148,7 @@ def build_gpt(settings, vocab_size, topics, make_feed):
         )
     if settings.router == "hash" and settings.num_keys is None:
         settings.num_keys = len(topics) if settings.hash_key == "topic" else vocab_size
+    # make_feed builds routers from the settings, so num_keys had to stand first
     feeds = [make_feed(block) for block in range(settings.depth)]
     prefix = settings.prefix if settings.pool == "prefix" else None
     s = settings
@@ -170,8 +163,8 @@ def moe_blocks(depth):
 def settle(settings, router, said):
     """Fill in what follows from other settings; ValueError where they clash, or for a leak.
 
-    router: one as the model will hold, None for dense. Returns what marks every result: "", "leaky"
-    or "topic oracle".
+    router: one as the model will hold, None for dense. said: {setting: value}, what the user said.
+    Returns what marks every result: "", "leaky" or "topic oracle".
     """
     whole = settings.unit == "sequence"
     if whole and torch.distributed.is_initialized():
@@ -186,7 +179,7 @@ def settle(settings, router, said):
             f"{settings.router} with these options: one sequence would take another's place"
         )
     if "renormalize" not in said and hasattr(settings, "renormalize"):
-        settings.renormalize = settings.top_k > 1
+        settings.renormalize = settings.top_k > 1  # as the study most likely did
     if "vocab_size" not in said and holds_bins(settings.data):
         settings.vocab_size = None  # as many as the files hold
     settings.hash_key = settings.hash_key or "token"
@@ -233,17 +226,13 @@ def unused(settings):
     """{setting: why it means nothing beside the others}."""
     found = {}
     if settings.router == "dense":
-        for name in "unit", "scope":
-            found[name] = (
-                "--unit sequence and --scope global are for routers; --router dense has none"
-            )
+        why = "--unit sequence and --scope global are for routers; --router dense has none"
+        found |= dict.fromkeys(("unit", "scope"), why)
     if settings.router != "hash":
         found["hash_key"] = f"--hash-key is for --router hash, not {settings.router}"
     if settings.unit != "sequence" or settings.router in ("hash", "dense"):
-        for name in "pool", "prefix":
-            found[name] = (
-                "--pool and --prefix are for --unit sequence and a router that reads tokens"
-            )
+        why = "--pool and --prefix are for --unit sequence and a router that reads tokens"
+        found |= dict.fromkeys(("pool", "prefix"), why)
     return found
 
 
@@ -297,13 +286,8 @@ class Text:
 
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order."""
-        count = len(self.parts["train"][1])
-        place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        rows = []
-        for epoch in np.unique(place // count):
-            order = torch.randperm(count, generator=seeded(self.seed, "epoch", int(epoch))).numpy()
-            rows.append(order[place[place // count == epoch] % count])
-        return self.ready("train", np.concatenate(rows)[part])
+        rows = rows_of_step(self.seed, step, self.batch_size, len(self.parts["train"][1]))
+        return self.ready("train", rows[part].numpy())
 
     def split(self, name):
         """The validation blocks that are scored; or "all", up to 4096 blocks of all documents."""
@@ -326,7 +310,7 @@ class Text:
         block = tokens[starts[rows][:, None] + np.arange(self.context + 1)]
         block = torch.from_numpy(block.astype(np.int64))  # [B, T + 1]
         label = block[:, 1:].clone()
-        label[:, : self.score_from - 1] = UNSCORED
+        label[:, : self.score_from - 1] = UNSCORED  # label[:, i] is the token at position i + 1
         batch = {"input": block[:, :-1], "label": label}
         for name, values in zip(("document", "topic"), of_block):
             batch[name] = torch.from_numpy(values[rows])
@@ -431,10 +415,10 @@ class Text:
         page = ["<h2>Validation text, coloured by expert</h2>"]
         for block, routing in self.loss(model, batch)[2].items():
             mass = routing.mass()
-            E, B = mass.shape[-1], len(rows)
-            expert = mass.argmax(-1).view(B, -1).expand(batch["input"].shape)
-            text = painted(batch["input"].flatten(), expert.flatten(), E, self.tokenizer, on_page)
+            E = mass.shape[-1]
             legend = [on_page(f" expert {e} ", *color(e, E, lightness=0.8)) for e in range(E)]
+            legend.append(on_page(" no expert ", *NO_EXPERT))
+            text = painted(batch["input"], mass, self.tokenizer, on_page)
             page.append(f"<h3>block {block}</h3><p>{' '.join(legend)}</p><pre>{text}</pre>")
         return "\n".join(page)
 
@@ -448,12 +432,14 @@ class Text:
             if size < 2 or size % 2:
                 raise ValueError(f"{file} must hold tokens of two bytes each, got {size} bytes")
             tokens[part] = np.memmap(file, np.uint16, "r")
-        largest = max(int(ids.max()) for ids in tokens.values())
-        self.vocab_size = vocab_size or 64 * (largest // 64 + 1)  # rounded up: products like that
+        largest = {part: int(ids.max()) for part, ids in tokens.items()}
+        size = max(largest.values()) + 1
+        self.vocab_size = vocab_size or 64 * math.ceil(size / 64)  # rounded up: products like that
         for part, ids in tokens.items():
-            if int(ids.max()) >= self.vocab_size:
+            if largest[part] >= self.vocab_size:
                 raise ValueError(
-                    f"{path}: {part} holds token {ids.max()}, beyond --vocab-size {self.vocab_size}"
+                    f"{path}: {part} holds token {largest[part]}, beyond --vocab-size "
+                    f"{self.vocab_size}"
                 )
             self.parts[part] = ids, np.arange(0, len(ids) - self.context, self.context)
         self.about = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
@@ -502,12 +488,12 @@ class Text:
         """
         tokens, starts, document, topic = [], [], [], []
         end = used = 0
-        for number, (name, _, raw) in enumerate(documents):
+        for number, (topic_name, _, raw) in enumerate(documents):
             ids = self.tokenizer.encode(raw)
             blocks = max(0, len(ids) - 1) // self.context
             starts.append(end + self.context * np.arange(blocks))
             document.append(np.full(blocks, before + number))
-            topic.append(np.full(blocks, topics.index(name)))
+            topic.append(np.full(blocks, topics.index(topic_name)))
             tokens.append(ids)
             end += len(ids)
             used += int(self.bytes_of[torch.from_numpy(ids[: blocks * self.context])].sum())
@@ -551,9 +537,7 @@ def columns(summary):
 
 def load(settings, device, folder=None):
     """The text that --data names. ValueError for text that is missing, broken or too short."""
-    if settings.data in DATASETS:
-        return DATASETS[settings.data](settings, device, folder)
-    return Text(settings, device, folder)
+    return DATASETS.get(settings.data, Text)(settings, device, folder)
 
 
 DATASETS = {}  # what --data may name beside a path: {name: a class as Text}
@@ -677,9 +661,11 @@ PROSE = {
 
 def token_class(token, piece, classes):
     """The place in CODE or PROSE of a token, by its spelling alone; ids below 256 are raw bytes."""
-    spelling = piece.decode("utf-8", "replace").replace("\ufffd", "x")  # a cut character: a letter
-    if token < 256:
-        spelling = ""
+    spelling = ""
+    if token >= 256:
+        spelling = piece.decode("utf-8", "replace").replace(
+            "\ufffd", "x"
+        )  # a cut character: a letter
     for place, pattern in enumerate(classes.values()):
         if re.match(pattern, spelling):
             return place
@@ -699,15 +685,16 @@ def read_documents(path, replace=False):
     ValueError for a path without text, and for bytes that are no UTF-8 (unless `replace`: U+FFFD).
     """
     root = pathlib.Path(path or sysconfig.get_paths()["stdlib"])
+    folder = root.parent if root.is_file() else root
     documents = []
     for name in names_of(root, library=path is None):
-        raw = (root / name).read_bytes()
+        raw = (folder / name).read_bytes()
         try:
             raw.decode()
         except UnicodeDecodeError as error:
             if not replace:
                 raise ValueError(
-                    f"{root / name} is not UTF-8 at byte {error.start}; "
+                    f"{folder / name} is not UTF-8 at byte {error.start}; "
                     "--replace-undecodable reads it all the same"
                 ) from None
             raw = raw.decode("utf-8", "replace").encode()
@@ -716,14 +703,14 @@ def read_documents(path, replace=False):
             topic = name.parts[0].removesuffix(".py")
         documents.append((topic, str(name), raw))
     if not any(raw for _, _, raw in documents):
-        raise ValueError(f"{path} {'holds no text' if root.exists() else 'does not exist'}")
+        raise ValueError(f"{root} {'holds no text' if root.exists() else 'does not exist'}")
     return documents
 
 
 def names_of(root, library):
     """The files below a folder, as paths from there; of the library, its Python files alone."""
     if root.is_file():
-        return [pathlib.Path()]
+        return [pathlib.Path(root.name)]
     tests = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
     skipped = tests if library else set()
     names = []
@@ -783,7 +770,8 @@ def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
 def sample(model, tokenizer, saved, asked, colored):
     """Prompt and continuation by the run of `saved` settings; ValueError for what it cannot write.
 
-    asked: prompt, max_new_tokens, temperature, top_p and seed. colored: for a terminal, by expert.
+    asked: prompt, max_new_tokens, temperature, top_p and seed. colored: for a terminal, by the last
+    block's experts, as far back as the model's context reaches.
     """
     prompt = tokenizer.encode(asked.prompt.encode("utf-8", "surrogateescape")).tolist()
     if not prompt:
@@ -804,17 +792,28 @@ def sample(model, tokenizer, saved, asked, colored):
     if not colored or not routings:
         return tokenizer.decode(tokens).decode("utf-8", "replace")
     mass = list(routings.values())[-1].mass()
-    expert = mass[0].argmax(-1).expand(len(shown))
-    return painted(torch.tensor(shown), expert, mass.shape[-1], tokenizer, on_terminal)
+    before = tokenizer.decode(tokens[: -len(shown)]).decode("utf-8", "replace")
+    return before + painted(torch.tensor([shown]), mass, tokenizer, on_terminal)
 
 
-def painted(tokens, experts, num_experts, tokenizer, paint):
-    """Text of tokens [N], stretches of one expert [N] coloured by paint(text, r, g, b)."""
+NO_EXPERT = (200, 200, 200)
+
+
+def painted(tokens, mass, tokenizer, paint):
+    """Text of tokens [B, T], each stretch of one expert coloured by paint(text, r, g, b).
+
+    mass [B, T, E], or [1, B, E] of sequences routed whole; a token's expert has the most of it.
+    """
+    E = mass.shape[-1]
+    expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).view(len(tokens), -1)
+    pairs = zip(expert.expand(tokens.shape).flatten().tolist(), tokens.flatten().tolist())
     text = []
-    pairs = zip(experts.tolist(), tokens.tolist())
     for expert, stretch in itertools.groupby(pairs, key=lambda pair: pair[0]):
         words = tokenizer.decode(token for _, token in stretch).decode("utf-8", "replace")
-        text.append(paint(words, *color(expert, num_experts, lightness=0.8)))
+        rgb = NO_EXPERT
+        if expert < E:
+            rgb = color(expert, E, lightness=0.8)
+        text.append(paint(words, *rgb))
     return "".join(text)
 
 

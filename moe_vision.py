@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from routers import MoE, color, seeded, send
+from routers import MoE, color, rows_of_step, seeded, send
 
 UNIT = "images"  # speed is told in these a second
 SPLITS = ("validation", "test")  # what is evaluated; the last one is for the table
@@ -454,9 +454,7 @@ class Stored(Images):
 
     def __init__(self, settings, device):
         super().__init__(settings, device)
-        path = pathlib.Path(settings.data)
-        if settings.data in OFFICIAL:
-            path = download(settings.data)
+        path = download(settings.data) if settings.data in OFFICIAL else pathlib.Path(settings.data)
         train, test, count = read_images(path)
         known = count - round(count * 0.2) if settings.few_shot else count
         if settings.few_shot and count - known < 2:
@@ -506,12 +504,7 @@ class Stored(Images):
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order; images are shifted by up to an eighth, half flipped."""
         image, label = self.parts["train"]
-        place = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        rows = []
-        for epoch in (place // len(label)).unique():
-            order = torch.randperm(len(label), generator=seeded(self.seed, "epoch", int(epoch)))
-            rows.append(order[place[place // len(label) == epoch] % len(label)])
-        rows = torch.cat(rows)
+        rows = rows_of_step(self.seed, step, self.batch_size, len(label))
         S, pad, g = self.image_size, self.image_size // 8, seeded(self.seed, "augment", step)
         shift = torch.randint(2 * pad + 1, (len(rows), 2), generator=g)
         flip = torch.rand(len(rows), generator=g) < 0.5
@@ -529,10 +522,12 @@ class Stored(Images):
             yield self.ready(image[i : i + 256], label[i : i + 256])
 
     def probe(self, draw, shots=10):
-        """(images, labels) twice, of at most 1024 images: the shots, and others to classify."""
+        """(images, labels) twice: `shots` of each class, and at most 1024 others to classify."""
         image, label = self.pool
-        order = torch.randperm(len(label), generator=seeded(self.seed, "probe", draw))[:1024]
-        return pick_shots(self.ready(image[order], label[order]), shots)
+        order = torch.randperm(len(label), generator=seeded(self.seed, "probe", draw))
+        drawn = pick_shots({"image": image[order], "label": label[order]}, shots)
+        parts = [self.ready(image[:1024], label[:1024]) for image, label in drawn]
+        return [(part["image"], part["label"]) for part in parts]
 
     def ready(self, image, label):
         image = send(image, self.device).to(self.mean.dtype) / 255  # bytes travel, not floats
@@ -592,13 +587,13 @@ def read_npz(path):
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive]
-            if missing:
-                raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(keys)}")
-            arrays = {key: archive[key] for key in keys}
+            arrays = {key: archive[key] for key in keys if key in archive}
     except Exception as error:  # numpy reports a broken archive by a dozen exceptions
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot read {path}: {why}") from None
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(keys)}")
     parts = [check_images(path, part, arrays) for part in ("train", "test")]
     classes = int(parts[0][1].max()) + 1
     for _, labels in parts:
@@ -695,7 +690,7 @@ def ridge_accuracy(support, query):
     value, vector = torch.linalg.eigh(x @ x.T)  # [N], [N, N]
     best, least = None, math.inf
     for penalty in 2.0 ** np.arange(-10, 20):
-        hat = vector * (value / (value + penalty)) @ vector.T
+        hat = (vector * (value / (value + penalty))) @ vector.T
         residual = (targets - hat @ targets) / (1 - hat.diagonal()[:, None])
         error = float(residual.square().sum())
         if error < least:

@@ -34,6 +34,7 @@ router, subclass one and add it to ROUTERS, at the end. Not here: expert paralle
 
 import colorsys
 import copy
+import functools
 import hashlib
 import math
 from types import SimpleNamespace
@@ -941,6 +942,20 @@ def seeded(*key):
     """A generator for one purpose, as seeded(seed, step, "noise"): random, with no state kept."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+@functools.lru_cache(2)
+def order_of_epoch(seed, epoch, count):
+    return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
+
+
+def rows_of_step(seed, step, size, count):
+    """Which of `count` examples are the batch of a step: epoch by epoch, each in a fresh order."""
+    place = torch.arange(step * size, (step + 1) * size)
+    rows = []
+    for epoch in (place // count).unique().tolist():
+        rows.append(order_of_epoch(seed, epoch, count)[place[place // count == epoch] % count])
+    return torch.cat(rows)
 
 
 def send(tensor, device):

@@ -2331,6 +2331,8 @@ def test_the_standard_library_has_topics_in_both_parts_and_enough_bytes_a_token(
         assert common <= {library.topics[topic] for topic in library.parts[part][3]}
     assert f"Python {sys.version.split()[0]}" in library.about and library.vocab_size == 4096
     assert library.classes is moe_tokens.CODE
+    ((_, name, raw),) = moe_tokens.read_documents(routers.__file__)
+    assert name == "routers.py" and raw == pathlib.Path(routers.__file__).read_bytes()
     names, kinds = list(moe_tokens.CODE), {}
     for piece, kind in zip(library.tokenizer.pieces[256:], library.class_of[256:]):
         kinds[piece] = names[kind]
@@ -2520,6 +2522,22 @@ def test_sampling_keeps_to_the_likeliest_tokens():
         assert sure.tolist() == [1, 0, 0, 0]
     assert np.allclose(drawn(top_p=0.8), [5 / 8, 3 / 8, 0, 0], atol=0.08)
     assert np.allclose(drawn(), [0.5, 0.3, 0.15, 0.05], atol=0.08)
+
+
+def test_colours_keep_the_text_and_a_token_of_no_expert_is_grey(shelf):
+    b = gpt(shelf, "--router token_choice")
+    asked = SimpleNamespace(prompt="the cat", max_new_tokens=40, temperature=0, top_p=1, seed=0)
+    texts = []
+    for colored in False, True:
+        text = moe_tokens.sample(b.model, b.data.tokenizer, b.settings, asked, colored)
+        texts.append(re.sub("\x1b\\[[0-9;]*m|\ufffd", "", text))
+    assert texts[0] == texts[1] and texts[0].startswith("the cat")
+    mass = torch.tensor([[[0.5, 0.0], [0.0, 0.0], [0.1, 0.2]]])
+    bare = moe_tokens.Tokenizer([])
+    page = moe_tokens.painted(torch.tensor([list(b"abc")]), mass, bare, moe_tokens.on_page)
+    first, last = (routers.color(e, 2, lightness=0.8) for e in range(2))
+    shown = re.findall(r"rgb(\(.*?\))\">(\w)", page)
+    assert shown == [(str(first), "a"), (str(moe_tokens.NO_EXPERT), "b"), (str(last), "c")]
 
 
 # ================================================================ what experts specialise in
