@@ -1982,6 +1982,39 @@ def test_gflops_count_one_images_products_and_active_parameters_what_a_token_mee
         assert total - active == (E - 1) * expert
 
 
+@pytest.mark.parametrize(
+    "flags, tokens",
+    [
+        ("--task vision", 25),
+        ("--task tokens", 25),
+        ("--task tokens --experts 4 --steps 1700", 40),  # the language study
+    ],
+)
+def test_default_sizes_learn_from_many_tokens_a_parameter_and_experts_cost_what_dense_does(
+    flags, tokens
+):
+    gflops, total = {}, {}
+    for router in "--router dense", "--router token_choice", "--router dense --dense-match total":
+        settings = train.settle(said_of(flags, router))
+        data = data_of(settings.task)
+        model = train.build(settings, data, torch.device("cpu"))
+        gflops[router] = train.measure_flops(settings, data, model)
+        total[router], active = train.parameters(model, data)
+        if settings.router == "token_choice":
+            gates = 2 * data.tokens * settings.dim * settings.experts * len(settings.moe_blocks)
+        if "total" not in router:
+            assert settings.steps * settings.batch_size * data.tokens / active >= tokens
+    dense, experts, wide = gflops
+    assert gflops[experts] == pytest.approx(gflops[dense] + gates / 1e9, rel=1e-6)
+    assert total[wide] == pytest.approx(total[experts], rel=0.03)
+
+
+@functools.cache
+def data_of(task):
+    settings = train.settle(said_of("--task", task, "--router dense"))
+    return train.TASKS[task].load(settings, torch.device("cpu"))
+
+
 @functools.cache
 def cost(*flags):
     """GFLOPs of a run, most of it at its defaults."""
