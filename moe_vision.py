@@ -368,8 +368,8 @@ class Drawn(Images):
 
     There are 256 tiles, patterns of 4x4 pixels, and each class owns 64 of them, the same in every
     run: a class is a bag of visual words. Shape, pose and colours tell nothing of it. A wider FFN
-    can remember more tiles. All parameters are drawn on the CPU, so that one seed
-    is one set of images on every device.
+    can remember more tiles. All parameters are drawn on the CPU, so that one seed is one set of
+    images on every device.
     """
 
     image_size = 32
@@ -525,8 +525,8 @@ class Stored(Images):
         """(images, labels) twice: `shots` of each class, and at most 1024 others to classify."""
         image, label = self.pool
         order = torch.randperm(len(label), generator=seeded(self.seed, "probe", draw))
-        drawn = pick_shots({"image": image[order], "label": label[order]}, shots)
-        parts = [self.ready(image[:1024], label[:1024]) for image, label in drawn]
+        support, (image, label) = pick_shots({"image": image[order], "label": label[order]}, shots)
+        parts = self.ready(*support), self.ready(image[:1024], label[:1024])
         return [(part["image"], part["label"]) for part in parts]
 
     def ready(self, image, label):
