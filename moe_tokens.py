@@ -67,7 +67,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + FFN or MoE(norm(x)); both steps keep [B, T, D]."""
+    """Attention, and the FFN or MoE that feeds on norm2 of its sum; the model adds both to x."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -75,17 +75,13 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x, run):
-        """run(moe, x) -> y and its Routing, as the model has it. An FFN has none."""
+    def attend(self, x):
+        """x [B, T, D] -> what attention adds to it."""
         B, T, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads]
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(B, T, D))
-        if not isinstance(self.feed, MoE):
-            return x + self.feed(self.norm2(x)), None
-        y, routing = run(self.feed, self.norm2(x))
-        return x + y, routing
+        return self.out(mixed.transpose(1, 2).reshape(B, T, D))
 
 
 class GPT(nn.Module):
@@ -109,34 +105,40 @@ class GPT(nn.Module):
             for moe in self.moes():
                 moe.router = self.moes()[0].router
 
-    def moes(self):
-        return [block.feed for block in self.blocks if isinstance(block.feed, MoE)]
-
     def forward(self, tokens, topic=None):
-        B, T = tokens.shape
-        x = self.embed(tokens) + self.position[:T]
-        key = tokens if self.hash_key == "token" else topic[:, None].expand(B, T)
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]
+        key = tokens if self.hash_key == "token" else topic[:, None].expand_as(tokens)
         shared = None
-        if self.scope == "global" and self.moes():
+        if self.scope == "global":
             shared = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
-
-        def run(moe, x):
-            routing = shared or self.route(moe, x, key)
-            y, _ = moe(x if self.unit == "token" else x.reshape(1, B, -1), routing=routing)
-            return y.view_as(x), routing
-
         routings = {}
         for i, block in enumerate(self.blocks):
-            x, routing = block(x, run)
+            x = x + block.attend(x)
+            y, routing = self.feed_step(block, x, key, shared)
+            x = x + y
             if routing is not None:
                 routings[i] = routing
         return F.linear(self.norm(x), self.embed.weight), routings
+
+    def feed_step(self, block, x, key, shared):
+        """What the block's FFN or MoE adds to x [B, T, D], and its Routing; an FFN has none."""
+        z = block.norm2(x)
+        if not isinstance(block.feed, MoE):
+            return block.feed(z), None
+        routing = shared or self.route(block.feed, z, key)
+        if self.unit == "sequence":
+            z = z.flatten(1)[None]  # [1, B, T * D]
+        y, _ = block.feed(z, routing=routing)
+        return y.view_as(x), routing
 
     def route(self, moe, x, key):
         """The Routing of x [B, T, D], key [B, T]: B groups of tokens, or one of B sequences."""
         if self.unit == "token":
             return moe.router(x, key)
         return moe.router(x[:, : self.prefix].mean(1)[None], key[None, :, 0])
+
+    def moes(self):
+        return [block.feed for block in self.blocks if isinstance(block.feed, MoE)]
 
 
 def build_gpt(settings, vocab_size, topics, make_feed):

@@ -63,7 +63,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + FFN or MoE(norm(x)); both steps keep [B, T, D]."""
+    """Attention, and the FFN or MoE that feeds on norm2 of its sum; the model adds both to x."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -71,17 +71,13 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x, run):
-        """run(moe, x) -> y and its Routing, as the model has it. An FFN has none."""
+    def attend(self, x):
+        """x [B, T, D] -> what attention adds to it."""
         B, T, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads]
         mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).reshape(B, T, D))
-        if not isinstance(self.feed, MoE):
-            return x + self.feed(self.norm2(x)), None
-        y, routing = run(self.feed, self.norm2(x))
-        return x + y, routing
+        return self.out(mixed.transpose(1, 2).reshape(B, T, D))
 
 
 class ViT(nn.Module):
@@ -104,28 +100,33 @@ class ViT(nn.Module):
         x, routings = self.patches(images)
         return self.head(x if self.patchwise else x.mean(1)), routings
 
+    def features(self, images):
+        """What a classifier's head reads, [B, D]."""
+        return self.patches(images)[0].mean(1)
+
     def patches(self, images):
         """The final features of each patch, [B, T, D], and the routings."""
         x = F.pixel_unshuffle(images, self.patch).flatten(2).mT  # [B, T, 3 * patch^2]
         x = self.embed(x) + self.position
         routings = {}
         for i, block in enumerate(self.blocks):
-            x, routing = block(x, self.run)
+            x = x + block.attend(x)
+            y, routing = self.feed_step(block, x)
+            x = x + y
             if routing is not None:
                 routings[i] = routing
         return self.norm(x), routings
 
-    def run(self, moe, x):
+    def feed_step(self, block, x):
+        """What the block's FFN or MoE adds to x [B, T, D], and its Routing; an FFN has none."""
+        z = block.norm2(x)
+        if not isinstance(block.feed, MoE):
+            return block.feed(z), None
         if not self.together:
-            return moe(x)
-        B, T, D = x.shape
-        place = torch.arange(T, device=x.device).repeat(1, B)  # what hash goes by
-        y, routing = moe(x.reshape(1, B * T, D), place)
+            return block.feed(z)
+        place = torch.arange(x.shape[1], device=x.device).repeat(1, len(x))  # what hash goes by
+        y, routing = block.feed(z.flatten(0, 1)[None], place)
         return y.view_as(x), routing
-
-    def features(self, images):
-        """What a classifier's head reads, [B, D]."""
-        return self.patches(images)[0].mean(1)
 
 
 def moe_blocks(depth):
