@@ -6,16 +6,14 @@ a patch: x [B, T, D] is already [G, T, D].
 
 Images are drawn on the fly (the default), or read from a folder in the CIFAR binary layout, from an
 .npz, or from the official CIFAR archives, which are fetched once. Block, ViT and Images have their
-twins in moe_tokens.py: read the two files side by side. What Images offers (build, batch, split,
-loss, ...) is all that train.py knows of a task.
+twins in moe_tokens.py: read the two files side by side. What Images offers is all that train.py
+knows of a task.
 """
 
 import base64
 import hashlib
-import html
 import http.client
 import math
-import os
 import pathlib
 import shutil
 import tarfile
@@ -35,27 +33,18 @@ EXAMINED = "test"  # the split on which we ask what experts specialise in
 MORE_IS_BETTER = True  # is a larger number better in the first of columns()?
 POSITION_STD = 0.5  # deviation of the positions at the start; patches have entries of about 1
 
-SIZES = {  # model and budget; each entry is a setting of its own
-    "tiny": dict(
-        dim=32, depth=4, heads=2, hidden=16, patch=4, experts=8, steps=3200, batch_size=32, lr=1e-2
-    ),
-    "small": dict(
-        dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32, steps=10_000, batch_size=512,
-        lr=1e-3,
-    ),
-    "base": dict(
-        dim=768, depth=12, heads=12, hidden=3072, patch=4, experts=32, steps=10_000, batch_size=512,
-        lr=8e-4,
-    ),
+SIZES = {  # the model, then its budget; each entry is a setting of its own
+    "tiny": dict(dim=32, depth=4, heads=2, hidden=16, patch=4, experts=8,
+                 steps=3200, batch_size=32, lr=1e-2),
+    "small": dict(dim=384, depth=12, heads=6, hidden=1536, patch=4, experts=32,
+                  steps=10_000, batch_size=512, lr=1e-3),
+    "base": dict(dim=768, depth=12, heads=12, hidden=3072, patch=4, experts=32,
+                 steps=10_000, batch_size=512, lr=8e-4),
 }  # fmt: skip
 
 SETTINGS = {  # as in train.py: name: (kind, default, what it is)
     "patch": ("whole", None, "pixels along a patch"),
-    "head": (
-        ("class", "patch"),
-        "class",
-        "predict an image's class, or each patch's kind and shape",
-    ),
+    "head": (("class", "patch"), "class", "predict an image's class, or a patch's kind and shape"),
     "group": (("image", "batch"), "image", "tokens that are routed together"),
     "few_shot": (bool, False, "stored images: hold out a fifth of the classes for the probe"),
 }
@@ -63,7 +52,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """Attention, and the FFN or MoE that feeds on norm2 of its sum; the model adds both to x."""
+    """The parts of x + attend(x), then x + feed(norm2(x)); feed is an FFN or MoE, and the model's."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -134,26 +123,20 @@ def moe_blocks(depth):
     return [block for block in range(depth) if (depth - block) % 2]
 
 
-HARD_ONLY = (
-    "--group batch is for hard routers in one process: Soft MoE's slots are made for one image"
-)
+HARD_ONLY = "--group batch is for hard routers in one process: Soft MoE's slots are for one image"
 
 
 def settle(settings, router, said):
-    """Check this file's settings against each other; ValueError where they clash.
+    """ValueError where settings clash. Returns what marks every result, which is nothing here.
 
-    Returns a remark for every result: none here, since an image may be routed in any way. `router`
-    and `said` are for moe_tokens.py alone.
+    `router` and `said` are for moe_tokens.py alone: images may be routed in any way.
     """
-    if settings.head == "patch" and settings.data not in (None, "drawn"):
-        raise ValueError(
-            "--head patch is for drawn images, whose patches are known; --data has none"
-        )
-    if settings.few_shot and settings.data in (None, "drawn"):
-        raise ValueError(
-            f"--few-shot is for stored images; of those drawn on the fly, {len(HELD_OUT)} classes "
-            "are always held out"
-        )
+    drawn = settings.data in (None, "drawn")
+    if settings.head == "patch" and not drawn:
+        raise ValueError("--head patch is for drawn images, whose patches we know; --data has none")
+    if settings.few_shot and drawn:
+        rule = f"of those drawn on the fly, {len(HELD_OUT)} classes are always held out"
+        raise ValueError(f"--few-shot is for stored images; {rule}")
     if settings.group == "batch" and torch.distributed.is_initialized():
         raise ValueError(HARD_ONLY)
     return ""
@@ -168,10 +151,11 @@ def unused(settings):
 
 # ---------------------------------------------------------------- what train.py asks of images
 class Images:
-    """A set of images; a subclass brings batch, split, probe, pixels and the attributes below.
+    """A set of images; a subclass brings batch, split, probe and the attributes below.
 
     image_size  pixels along an image              names             of the classes
     about       one line on the set                few_shot_classes  those held out for the probe
+    mean, std   that pixels from 0 to 1 lost, or a method pixels() of its own
 
     A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "shape" [B], "kind"
     [B, T] and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of
@@ -192,30 +176,25 @@ class Images:
     def build(self, settings, make_feed):
         """The ViT; make_feed(block) gives each block its FFN or MoE."""
         if self.image_size % self.patch:
-            raise ValueError(
-                f"--patch must divide the image size, got --patch {self.patch} and images of "
-                f"{self.image_size} pixels"
-            )
+            got = f"--patch {self.patch} and images of {self.image_size} pixels"
+            raise ValueError(f"--patch must divide the image size, got {got}")
         feeds = [make_feed(block) for block in range(settings.depth)]
-        patchwise = settings.head == "patch"
-        classes = 1 + 2 * len(SHAPES) if patchwise else len(self.names)
-        together = settings.group == "batch"
-        dim, heads = settings.dim, settings.heads
-        return ViT(self.image_size, self.patch, dim, heads, feeds, classes, patchwise, together)
+        patchwise, together = settings.head == "patch", settings.group == "batch"
+        classes = PATCH_CLASSES if patchwise else len(self.names)
+        size, s = self.image_size, settings
+        return ViT(size, s.patch, s.dim, s.heads, feeds, classes, patchwise, together)
 
     def loss(self, model, batch):
         """Cross-entropy, counts for metrics() {name: sum over the batch}, and the routings."""
         logits, routings = model(batch["image"])
-        label, counts = batch["label"], {}
-        if logits.ndim == 3:  # patches: ground, and an edge or the interior of each shape
+        label, guess, counts = batch["label"], logits.argmax(-1), {}
+        if logits.ndim == 3:  # patches
             kind, shape = batch["kind"], batch["shape"][:, None]
             label = torch.where(kind > 0, 2 * shape + kind, 0)  # [B, T]
-            guess = logits.argmax(-1)
-            for c in range(logits.shape[-1]):
+            for c in range(PATCH_CLASSES):
                 counts[f"both{c}"] = ((guess == c) & (label == c)).sum()
                 counts[f"either{c}"] = ((guess == c) | (label == c)).sum()
-        counts["count"] = label.numel()
-        counts["right"] = (logits.argmax(-1) == label).sum()
+        counts |= {"count": label.numel(), "right": (guess == label).sum()}
         return F.cross_entropy(logits.flatten(0, -2), label.flatten()), counts, routings
 
     def metrics(self, sums):
@@ -224,11 +203,9 @@ class Images:
         top1 in %; of patches also miou, the mean over classes of intersection over union, in %.
         """
         found = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
-        shares = []
-        for c in range(1 + 2 * len(SHAPES)):
-            if f"both{c}" in sums:
-                shares.append(sums[f"both{c}"] / max(1, sums[f"either{c}"]))
-        if shares:
+        if "both0" in sums:
+            classes = range(PATCH_CLASSES)
+            shares = [sums[f"both{c}"] / max(1, sums[f"either{c}"]) for c in classes]
             found["miou"] = 100 * sum(shares) / len(shares)
         return found
 
@@ -258,21 +235,17 @@ class Images:
 
         Of the model, of an untrained one, fresh(), and of the raw pixels.
         """
-        if not len(self.few_shot_classes):
+        if not self.few_shot_classes:
             return {}
-        readers = {
-            "few_shot": model.features,
-            "few_shot_untrained": fresh().features,
-            "few_shot_pixels": torch.nn.Flatten(),
-        }
+        readers = {"few_shot": model.features, "few_shot_untrained": fresh().features}
+        readers["few_shot_pixels"] = nn.Flatten()
         found = {}
         for name, read in readers.items():
             accuracy = []
             for draw in range(draws):
                 support, query = self.probe(draw)
-                known = read_features(read, support[0]), support[1].cpu()
-                unknown = read_features(read, query[0]), query[1].cpu()
-                accuracy.append(100 * ridge_accuracy(known, unknown))
+                right = ridge_accuracy(read_features(read, *support), read_features(read, *query))
+                accuracy.append(100 * right)
             found[name] = [float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))]
         return found
 
@@ -290,47 +263,45 @@ class Images:
         routings = model(next(iter(self.split("test")))["image"][:1])[1]
         if not routings:
             return ""
-        heads = ["image", *(f"block {block}" for block in routings)]
-        names = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+        heads = "".join(f"<th>block {block}</th>" for block in routings)
         picture = base64.b64encode(png(self.mosaic(model))).decode()
         E = len(next(iter(routings.values())).load)
         return (
             "<h2>Test images, and their patches coloured by expert</h2>"
-            f"<p>{swatches(E)}</p><table class=mosaic><tr>{names}</tr>"
-            f'<tr><td colspan={len(heads)}><img src="data:image/png;base64,{picture}"></td></tr>'
-            "</table>"
+            f"<p>{swatches(E)}</p><table class=mosaic><tr><th>image</th>{heads}</tr><tr>"
+            f'<td colspan={1 + len(routings)}><img src="data:image/png;base64,{picture}"></td>'
+            "</tr></table>"
         )
 
     @torch.no_grad()
-    def mosaic(self, model, count=8, side=112, margin=4):
+    def mosaic(self, model, count=8):
         """Pixels [H, W, 3]: a row for each test image, beside it its patches block by block.
 
         A patch has the colour of the expert that weighs most in it, grey if none took it.
         """
         images = next(iter(self.split("test")))["image"][:count]
         n = self.image_size // self.patch
-        panels = [resize(self.pixels(images), side)]
+        strips = [strip(self.pixels(images))]
         for routing in model(images)[1].values():
-            mass = routing.mass()
+            mass = routing.mass().cpu()
             E = mass.shape[-1]
-            mass = mass.reshape(len(images), n, n, E).cpu()
-            expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).numpy()
-            palette = np.array([color(e, E) for e in range(E)] + [(200, 200, 200)], np.uint8)
-            panels.append(resize(palette[expert], side))
-        space = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-        strips = []
-        for panel in panels:
-            strips.append(np.concatenate(list(np.pad(panel, space, constant_values=255))))
+            expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).view(len(images), n, n)
+            palette = np.array([color(e, E) for e in range(E)] + [NO_EXPERT], np.uint8)
+            strips.append(strip(palette[expert.numpy()]))
         return np.concatenate(strips, 1)
+
+    def pixels(self, image):
+        """Images as the model sees them -> what an eye sees, [B, S, S, 3] uint8."""
+        shown = ((image * self.std + self.mean).clamp(0, 1) * 255).byte()
+        return shown.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def columns(summary):
     """The table's columns that are this task's own: {name: number, (mean, deviation) or None}."""
     test, dropless = summary["test"], summary.get("test_dropless", {})
+    found = {"top-1 %": test["top1"]}
     if "miou" in test:
         found = {"mIoU %": test["miou"], "patches right %": test["top1"]}
-    else:
-        found = {"top-1 %": test["top1"]}
     found["dropless %"] = dropless.get("miou", dropless.get("top1"))
     for name, key in ("10-shot %", "few_shot"), ("untrained", "few_shot_untrained"):
         found[name] = tuple(summary[key]) if key in summary else None
@@ -345,6 +316,7 @@ def load(settings, device, folder=None):
 # ---------------------------------------------------------------- images drawn on the fly
 SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
 KINDS = ("background", "edge", "interior")  # of a patch
+PATCH_CLASSES = 1 + 2 * len(SHAPES)  # ground; of each shape, an edge or the interior
 TILE = 4  # pixels along a tile
 TILES = torch.randint(2, (256, TILE, TILE), generator=seeded("tiles")) * 2.0 - 1  # dark -1, light 1
 OWNED = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]  # [classes, 64]
@@ -367,13 +339,12 @@ def inside(u, v, r, angle):
 class Drawn(Images):
     """32x32 images of a shape laid with tiles; the class is the set of tiles to choose from.
 
-    There are 256 tiles, patterns of 4x4 pixels, and each class owns 64 of them, the same in every
-    run: a class is a bag of visual words. Shape, pose and colours tell nothing of it. A wider FFN
-    can remember more tiles. All parameters are drawn on the CPU, so that one seed is one set of
-    images on every device.
+    Of 256 tiles, patterns of 4x4 pixels, each class owns 64, the same in every run: it is a bag of
+    visual words. Shape, pose and colours tell nothing of it. A wider FFN can remember more tiles.
+    Parameters are drawn on the CPU, so that one seed is one set of images on every device.
     """
 
-    image_size = 32
+    image_size, mean, std = 32, 0.5, 0.25
     names = [f"class {c}" for c in TRAINED]
     few_shot_classes = HELD_OUT
     about = f"drawn images, {len(TRAINED)} classes to train, {len(HELD_OUT)} held out"
@@ -388,7 +359,9 @@ class Drawn(Images):
 
     def probe(self, draw, shots=10):
         """(images, labels) twice: `shots` of each held-out class, and others to be classified."""
-        return pick_shots(self.draw(1024, HELD_OUT, "probe", draw), shots)
+        batch = self.draw(1024, HELD_OUT, "probe", draw)
+        image, label = batch["image"], batch["label"]
+        return [(image[rows], label[rows]) for rows in pick_shots(label, shots)]
 
     def draw(self, count, classes, *purpose, part=slice(None)):
         """`count` images of these classes; all are drawn, but only `part` is rendered."""
@@ -424,26 +397,17 @@ class Drawn(Images):
         image = torch.where(filled[:, None], figure, ground[..., None, None]) + 0.15 * noise
         covered = F.avg_pool2d(filled[:, None].float(), self.patch).flatten(1)  # [B, T], a share
         kind = (covered > 0).long() + (covered == 1).long()
-        batch = {"image": (image - 0.5) * 4, "label": label, "kind": kind, "shape": shape}
+        image = (image - self.mean) / self.std
+        batch = {"image": image, "label": label, "kind": kind, "shape": shape}
         if self.patch == TILE:
             batch["tile"] = torch.where(kind > 0, tile, -1)
         return batch
 
-    def pixels(self, image):
-        """Images as the model sees them -> what an eye sees, [B, S, S, 3] uint8."""
-        shown = ((image / 4 + 0.5).clamp(0, 1) * 255).byte()
-        return shown.permute(0, 2, 3, 1).cpu().numpy()
 
-
-def pick_shots(pool, shots):
-    """Split a pool of images into the first `shots` of each class and the rest."""
-    order = pool["label"].argsort(stable=True)
-    sorted_label = pool["label"][order]
-    rank = torch.arange(len(order), device=order.device)
-    rank = rank - torch.searchsorted(sorted_label, sorted_label)  # within its class
-    support = torch.zeros_like(order, dtype=torch.bool)
-    support[order[rank < shots]] = True
-    return [(pool["image"][rows], pool["label"][rows]) for rows in (support, ~support)]
+def pick_shots(label, shots):
+    """Which of these are the first `shots` of each class, and which are the others."""
+    place = F.one_hot(label).cumsum(0).gather(1, label[:, None])[:, 0]  # in its class, from 1
+    return place <= shots, place > shots
 
 
 DATASETS = {"drawn": Drawn}  # what --data may name beside a path; add your own here
@@ -463,21 +427,16 @@ class Stored(Images):
             raise ValueError(f"{rule}; {path} has {count} classes")
         self.few_shot_classes = range(known, count)
         self.divide(train, test, known)
-        if settings.few_shot:
-            of_class = self.pool[1].bincount(minlength=count - known)
-            if of_class.min() <= 10:
-                raise ValueError(
-                    f"--few-shot needs more than 10 images of each held-out class; {path} has fewer"
-                )
+        if settings.few_shot and self.pool[1].bincount(minlength=count - known).min() <= 10:
+            rule = "--few-shot needs more than 10 images of each held-out class"
+            raise ValueError(f"{rule}; {path} has fewer")
         sizes = {name: len(label) for name, (_, label) in self.parts.items()}
         for name, size in sizes.items():
             if not size:
                 raise ValueError(f"{path}: the {name} part is empty")
         if self.batch_size > sizes["train"]:
-            raise ValueError(
-                f"--batch-size {self.batch_size} is larger than the data: "
-                f"{sizes['train']} training images"
-            )
+            larger = f"--batch-size {self.batch_size} is larger than the data"
+            raise ValueError(f"{larger}: {sizes['train']} training images")
         pixels = self.parts["train"][0].to(torch.get_default_dtype()) / 255
         self.mean = pixels.mean((0, 2, 3))[:, None, None].to(self.device)
         self.std = (pixels.std((0, 2, 3))[:, None, None] + 1e-5).to(self.device)
@@ -491,11 +450,8 @@ class Stored(Images):
         order = torch.randperm(len(train[0]), generator=seeded("validation split"))  # of all seeds
         image, label = train[0][order], train[1][order]
         tenth = len(image) // 10
-        parts = {
-            "train": (image[tenth:], label[tenth:]),
-            "validation": (image[:tenth], label[:tenth]),
-            "test": test,
-        }
+        validation = image[:tenth], label[:tenth]
+        parts = {"train": (image[tenth:], label[tenth:]), "validation": validation, "test": test}
         self.parts = {}
         for name, (x, y) in parts.items():
             self.parts[name] = x[y < known], y[y < known]
@@ -510,12 +466,11 @@ class Stored(Images):
         shift = torch.randint(2 * pad + 1, (len(rows), 2), generator=g)
         flip = torch.rand(len(rows), generator=g) < 0.5
         rows, shift, flip = rows[part], shift[part], flip[part]
-        y, x = shift[:, :1] + torch.arange(S), shift[:, 1:] + torch.arange(S)  # [B, S]
-        x = torch.where(flip[:, None], x.flip(1), x)
-        padded = F.pad(image[rows], (pad,) * 4)
-        each, colour = torch.arange(len(rows))[:, None, None, None], torch.arange(3)[:, None, None]
-        cropped = padded[each, colour, y[:, None, :, None], x[:, None, None, :]]
-        return self.ready(cropped, label[rows])
+        crops = []
+        for padded, (y, x), mirrored in zip(F.pad(image[rows], (pad,) * 4), shift.tolist(), flip):
+            crop = padded[:, y : y + S, x : x + S]
+            crops.append(crop.flip(2) if mirrored else crop)
+        return self.ready(torch.stack(crops), label[rows])
 
     def split(self, name):
         image, label = self.parts[name]
@@ -526,17 +481,16 @@ class Stored(Images):
         """(images, labels) twice: `shots` of each class, and at most 1024 others to classify."""
         image, label = self.pool
         order = torch.randperm(len(label), generator=seeded(self.seed, "probe", draw))
-        support, (image, label) = pick_shots({"image": image[order], "label": label[order]}, shots)
-        parts = self.ready(*support), self.ready(image[:1024], label[:1024])
-        return [(part["image"], part["label"]) for part in parts]
+        support, others = pick_shots(label[order], shots)
+        found = []
+        for rows in order[support], order[others][:1024]:
+            batch = self.ready(image[rows], label[rows])
+            found.append((batch["image"], batch["label"]))
+        return found
 
     def ready(self, image, label):
         image = send(image, self.device).to(self.mean.dtype) / 255  # bytes travel, not floats
         return {"image": (image - self.mean) / self.std, "label": send(label, self.device)}
-
-    def pixels(self, image):
-        shown = ((image * self.std + self.mean).clamp(0, 1) * 255).byte()
-        return shown.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def read_images(path):
@@ -549,10 +503,8 @@ def read_images(path):
     test = path / ("test.bin" if train[0].name == "train.bin" else "test_batch.bin")
     for file in [*train, test]:
         if not file.is_file():
-            raise ValueError(
-                f"{path} lacks {file.name}; it needs data_batch_*.bin and test_batch.bin, "
-                "or train.bin and test.bin"
-            )
+            rule = "it needs data_batch_*.bin and test_batch.bin, or train.bin and test.bin"
+            raise ValueError(f"{path} lacks {file.name}; {rule}")
     images, labels, classes = read_cifar(train)
     test_images, test_labels, _ = read_cifar([test])
     return (images, labels), (test_images, test_labels), classes
@@ -566,13 +518,12 @@ def read_cifar(files):
     """
     images, labels = [], []
     for file in files:
-        raw = np.frombuffer(pathlib.Path(file).read_bytes(), np.uint8)
+        raw = np.frombuffer(file.read_bytes(), np.uint8)
         fine = int(file.name in ("train.bin", "test.bin"))
         record, classes = 3073 + fine, 100 if fine else 10
         if not len(raw) or len(raw) % record:
-            raise ValueError(
-                f"{file} holds {len(raw)} bytes, not a whole number of records of {record} bytes"
-            )
+            rule = f"not a whole number of records of {record} bytes"
+            raise ValueError(f"{file} holds {len(raw)} bytes, {rule}")
         raw = raw.reshape(-1, record)
         images.append(raw[:, fine + 1 :].reshape(-1, 3, 32, 32))
         labels.append(raw[:, fine])
@@ -595,18 +546,16 @@ def read_npz(path):
     missing = [key for key in keys if key not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(keys)}")
-    parts = [check_images(path, part, arrays) for part in ("train", "test")]
-    classes = int(parts[0][1].max()) + 1
-    for _, labels in parts:
+    train, test = (check_images(path, part, arrays) for part in ("train", "test"))
+    most = min(int(train[1].max()), 65535)
+    for _, labels in train, test:
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= min(classes, 65536):
-            raise ValueError(
-                f"{path} has labels out of range: {low} to {high}, but training knows 0 to "
-                f"{min(classes, 65536) - 1}"
-            )
-    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        if low < 0 or high > most:
+            rule = f"but training knows 0 to {most}"
+            raise ValueError(f"{path} has labels out of range: {low} to {high}, {rule}")
+    if train[0].shape[1:] != test[0].shape[1:]:
         raise ValueError(f"{path}: training and test images differ in size")
-    return *parts, classes
+    return train, test, most + 1
 
 
 def check_images(path, part, arrays):
@@ -614,29 +563,21 @@ def check_images(path, part, arrays):
     x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     square = x.ndim == 4 and x.shape[3] == 3 and x.shape[1] == x.shape[2] > 0 and len(x) > 0
     if x.dtype != np.uint8 or not square:
-        raise ValueError(
-            f"{path}: x_{part} must be square uint8 images [N, S, S, 3], "
-            f"got {x.dtype} {list(x.shape)}"
-        )
+        rule, got = "square uint8 images [N, S, S, 3]", f"{x.dtype} {list(x.shape)}"
+        raise ValueError(f"{path}: x_{part} must be {rule}, got {got}")
     if y.ndim == 2 and y.shape[1] == 1:
         y = y.reshape(-1)
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(
-            f"{path}: y_{part} must be {len(x)} whole numbers, got {y.dtype} {list(y.shape)}"
-        )
-    images = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    return torch.from_numpy(images), torch.from_numpy(y.astype(np.int64))
+        rule, got = f"{len(x)} whole numbers", f"{y.dtype} {list(y.shape)}"
+        raise ValueError(f"{path}: y_{part} must be {rule}, got {got}")
+    images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    return images, torch.from_numpy(y.astype(np.int64))
 
 
+TORONTO = "https://www.cs.toronto.edu/~kriz"
 OFFICIAL = {  # name: where the official binary archive lies, and its md5
-    "cifar10": (
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c32a1d4ab5d03f1284b67883e8d87530",
-    ),
-    "cifar100": (
-        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        "03b5dce01913d631647c71ecec9e9cb8",
-    ),
+    "cifar10": (f"{TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": (f"{TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
 }
 
 
@@ -653,15 +594,14 @@ def download(name, root="data"):
             shutil.copyfileobj(reply, file)
         digest = hashlib.md5(archive.read_bytes()).hexdigest()
         if digest != md5:
-            raise ValueError(
-                f"{url} has md5 {digest}, not {md5}: cut short or changed; the download was deleted"
-            )
+            rule = "cut short or changed; the download was deleted"
+            raise ValueError(f"{url} has md5 {digest}, not {md5}: {rule}")
         with tarfile.open(archive) as members:
             members.extractall(part, filter="data")  # refuses what would lie outside
         files = sorted(part.rglob("*.bin"))
         if not files:
             raise ValueError(f"{url} holds no .bin file")
-        os.replace(files[0].parent, folder)
+        files[0].parent.rename(folder)
     except (OSError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
         raise ValueError(f"cannot fetch {url}: {error}") from None
     finally:
@@ -671,17 +611,17 @@ def download(name, root="data"):
 
 
 # ---------------------------------------------------------------- the few-shot probe
-def read_features(read, images):
-    """read(images) [N, ...], 256 at a time, on the CPU."""
-    return torch.cat([read(part) for part in images.split(256)]).cpu()
+def read_features(read, images, labels):
+    """read(images) [N, D], read 256 at a time, and labels [N]; both on the CPU."""
+    return torch.cat([read(part) for part in images.split(256)]).cpu(), labels.cpu()
 
 
 def ridge_accuracy(support, query):
     """Accuracy of closed-form ridge regression; support, query: (features [N, D], labels [N]).
 
     As in V-MoE: features are standardised by the support set, a constant is appended, targets are
-    -1 and 1. Differs: the penalty, of 2^-10 .. 2^19, has the least leave-one-out error on
-    the support set, residual / (1 - leverage); V-MoE chooses it on the query sets.
+    -1 and 1. Differs: the penalty, of 2^-10 .. 2^19, has the least leave-one-out error on the
+    support set, residual / (1 - leverage); V-MoE chooses it on the query sets.
     """
     (x, y), (z, truth) = support, query
     mean, std = x.double().mean(0), x.double().std(0) + 1e-5
@@ -689,29 +629,32 @@ def ridge_accuracy(support, query):
     z = F.pad((z.double() - mean) / std, (0, 1), value=100.0)
     targets = F.one_hot(y).double() * 2 - 1
     value, vector = torch.linalg.eigh(x @ x.T)  # [N], [N, N]
-    best, least = None, math.inf
+    errors = {}
     for penalty in 2.0 ** np.arange(-10, 20):
         hat = (vector * (value / (value + penalty))) @ vector.T
         residual = (targets - hat @ targets) / (1 - hat.diagonal()[:, None])
-        error = float(residual.square().sum())
-        if error < least:
-            best, least = penalty, error
+        errors[penalty] = float(residual.square().sum())
+    best = min(errors, key=errors.get)
     scores = z @ (x.T @ (vector / (value + best) @ (vector.T @ targets)))
     return (scores.argmax(1) == truth).double().mean().item()
 
 
 # ---------------------------------------------------------------- pictures
-def resize(tiles, side):
-    """Tiles [N, h, w, 3] -> [N, side, side, 3], by the nearest pixel."""
-    rows = np.arange(side) * tiles.shape[1] // side
-    columns = np.arange(side) * tiles.shape[2] // side
-    return tiles[:, rows][:, :, columns]
+NO_EXPERT = (200, 200, 200)  # grey
+
+
+def strip(tiles, side=112, margin=4):
+    """Square tiles [N, S, S, 3] one below the other, each `side` pixels wide in a white frame."""
+    nearest = np.arange(side) * tiles.shape[1] // side
+    space = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+    tiles = np.pad(tiles[:, nearest][:, :, nearest], space, constant_values=255)
+    return np.concatenate(tiles)
 
 
 def swatches(num_experts):
     """A legend in HTML: each expert's number on its colour, and the grey of no expert."""
     named = [(f"expert {e}", color(e, num_experts)) for e in range(num_experts)]
-    named.append(("no expert", (200, 200, 200)))
+    named.append(("no expert", NO_EXPERT))
     marks = [f'<span style="background:rgb{rgb}">&nbsp;{name}&nbsp;</span>' for name, rgb in named]
     return " ".join(marks)
 
