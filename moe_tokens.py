@@ -1,14 +1,14 @@
 """A GPT with mixture-of-experts blocks, and the text it learns from (2402.13089).
 
 The model is GPT-2's: pre-LN blocks, learned positions, tied embeddings. Every block that
---moe-blocks names (default: all) holds an MoE in place of its FFN. A group is a sequence, a token
-is a token: x [B, T, D] is already [G, T, D]. The axes of the study are settings: what is routed
-(--unit), how often (--scope), to how many experts (--top-k), by what weights (--router-weights). A
-routing that lets the future in is refused, unless --allow-leak.
+--moe-blocks names (default: all) holds an MoE in place of its FFN. A group is a sequence: x
+[B, T, D] is already [G, T, D]. The axes of the study are settings: what is routed (--unit), how
+often (--scope), to how many experts (--top-k), by what weights (--router-weights). A routing that
+lets the future in is refused, unless --allow-leak.
 
 Text comes as documents with topics (the standard library of this Python, a folder, a file) or as
-nanoGPT's train.bin and val.bin. The classes Block, GPT and Text have their twins in moe_vision.py:
-read the two files side by side.
+nanoGPT's train.bin and val.bin. Block, GPT and Text have their twins in moe_vision.py: read the two
+files side by side.
 """
 
 import collections
@@ -17,6 +17,7 @@ import itertools
 import json
 import keyword
 import math
+import operator
 import pathlib
 import platform
 import re
@@ -36,19 +37,13 @@ MORE_IS_BETTER = False  # is a larger number better in the first of columns()?
 POSITION_STD = 0.02  # deviation of positions and embeddings at the start, as in GPT-2
 UNSCORED = -100  # the label of a position that is not scored
 
-SIZES = {  # model and budget; each entry is a setting of its own
-    "tiny": dict(
-        dim=64, depth=4, heads=4, hidden=64, context=64, experts=8, steps=1200, batch_size=64,
-        lr=5e-3, vocab_size=1024,
-    ),
-    "small": dict(
-        dim=384, depth=6, heads=6, hidden=1536, context=256, experts=8, steps=5000, batch_size=64,
-        lr=1e-3, vocab_size=4096,
-    ),
-    "base": dict(
-        dim=768, depth=12, heads=12, hidden=3072, context=1024, experts=4, steps=6000,
-        batch_size=1024, grad_accum=64, lr=9.6e-4, vocab_size=4096,
-    ),
+SIZES = {  # the model, then its budget; each entry is a setting of its own
+    "tiny": dict(dim=64, depth=4, heads=4, hidden=64, context=64, experts=8, vocab_size=1024,
+                 steps=1200, batch_size=64, lr=5e-3),
+    "small": dict(dim=384, depth=6, heads=6, hidden=1536, context=256, experts=8, vocab_size=4096,
+                  steps=5000, batch_size=64, lr=1e-3),
+    "base": dict(dim=768, depth=12, heads=12, hidden=3072, context=1024, experts=4, vocab_size=4096,
+                 steps=6000, batch_size=1024, grad_accum=64, lr=9.6e-4),
 }  # fmt: skip
 
 SETTINGS = {  # as in train.py: name: (kind, default, what it is)
@@ -67,7 +62,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """Attention, and the FFN or MoE that feeds on norm2 of its sum; the model adds both to x."""
+    """x + attend(x), then x + feed(norm2(x)): attention, and an FFN or MoE which the model runs."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -88,8 +83,8 @@ class GPT(nn.Module):
     """tokens [B, T] -> logits [B, T, V] and {block: Routing}; topic [B]: the key of topic routing.
 
     unit="sequence": a sequence is one wide token of T*D numbers, the B of them one group, routed by
-    the mean of its first `prefix` positions (None: of all). scope="global": routed once, after the
-    embeddings, for all blocks.
+    the mean of its first `prefix` positions (None: of all). scope="global": routed for all blocks
+    at once, after the embeddings.
     """
 
     def __init__(self, vocab_size, context, dim, heads, feeds, unit, scope, prefix, hash_key):
@@ -143,17 +138,14 @@ class GPT(nn.Module):
 
 def build_gpt(settings, vocab_size, topics, make_feed):
     """The GPT; make_feed(block) gives each block its FFN or MoE."""
-    if settings.hash_key == "topic" and not topics:
-        raise ValueError(
-            "--hash-key topic needs text in at least two topics: folders below --data, "
-            "or the standard library"
-        )
-    if settings.router == "hash" and settings.num_keys is None:
-        settings.num_keys = len(topics) if settings.hash_key == "topic" else vocab_size
-    # make_feed builds routers from the settings, so num_keys had to stand first
-    feeds = [make_feed(block) for block in range(settings.depth)]
-    prefix = settings.prefix if settings.pool == "prefix" else None
     s = settings
+    if s.hash_key == "topic" and not topics:
+        where = "folders below --data, or the standard library"
+        raise ValueError(f"--hash-key topic needs text in at least two topics: {where}")
+    if s.router == "hash" and s.num_keys is None:
+        s.num_keys = len(topics) if s.hash_key == "topic" else vocab_size
+    feeds = [make_feed(block) for block in range(s.depth)]  # make_feed reads num_keys
+    prefix = s.prefix if s.pool == "prefix" else None
     return GPT(vocab_size, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
 
 
@@ -165,62 +157,55 @@ def moe_blocks(depth):
 def settle(settings, router, said):
     """Fill in what follows from other settings; ValueError where they clash, or for a leak.
 
-    router: one as the model will hold, None for dense. said: {setting: value}, what the user said.
+    router: as the model will hold it, or None for dense. said: {setting: value}, the user's words.
     Returns what marks every result: "", "leaky" or "topic oracle".
     """
-    whole = settings.unit == "sequence"
-    if whole and torch.distributed.is_initialized():
-        raise ValueError(
-            "--unit sequence routes the whole batch as one group; it runs in one process"
-        )
-    if whole and (
-        router.chooses != "tokens" or not router.causal or router.capacity(1) is not None
-    ):
-        raise ValueError(
-            "--unit sequence needs a dropless router that judges each sequence alone, not "
-            f"{settings.router} with these options: one sequence would take another's place"
-        )
-    if "renormalize" not in said and hasattr(settings, "renormalize"):
-        settings.renormalize = settings.top_k > 1  # as the study most likely did
-    if "vocab_size" not in said and holds_bins(settings.data):
-        settings.vocab_size = None  # as many as the files hold
-    settings.hash_key = settings.hash_key or "token"
-    settings.pool = settings.pool or "prefix"
-    settings.prefix = settings.prefix or 16
-    pools = whole and settings.router != "hash"  # hash reads the first token, or the topic
-    by_prefix = pools and settings.pool == "prefix"
-    if settings.score_from is None:
-        settings.score_from = settings.prefix if by_prefix else 1
-    limited = ["prefix", "score_from"] if by_prefix else ["score_from"]
-    for name in limited:
-        value, flag = getattr(settings, name), name.replace("_", "-")
-        if value > settings.context:
-            raise ValueError(f"--{flag} must be at most --context {settings.context}, got {value}")
-    why = leak(settings, router, pools)
-    if why and not settings.allow_leak:
-        raise ValueError(
-            f"{why}. That flatters the loss on text; --allow-leak runs it all the same, "
-            "every number labelled leaky"
-        )
+    s = settings
+    if s.unit == "sequence" and torch.distributed.is_initialized():
+        raise ValueError("--unit sequence routes the batch as one group; it runs in one process")
+    if s.unit == "sequence":
+        alone = router.chooses == "tokens" and router.causal
+        if not alone or router.capacity(1) is not None:
+            rule = "--unit sequence needs a dropless router that judges each sequence alone"
+            why = "one sequence would take another's place"
+            raise ValueError(f"{rule}, not {s.router} with these options: {why}")
+    if "renormalize" not in said and hasattr(s, "renormalize"):
+        s.renormalize = s.top_k > 1  # as the study most likely did
+    if "vocab_size" not in said and holds_bins(s.data):
+        s.vocab_size = None  # as many as the files hold
+    s.hash_key = s.hash_key or "token"
+    s.pool = s.pool or "prefix"
+    s.prefix = s.prefix or 16
+    prefix = s.prefix if reads_sequences(s) and s.pool == "prefix" else 1  # read by the router
+    s.score_from = s.score_from or prefix
+    for flag, value in ("--prefix", prefix), ("--score-from", s.score_from):
+        if value > s.context:
+            raise ValueError(f"{flag} must be at most --context {s.context}, got {value}")
+    why = leak(s, router)
+    if why and not s.allow_leak:
+        rule = "That flatters the loss on text; --allow-leak runs it all the same"
+        raise ValueError(f"{why}. {rule}, every number labelled leaky")
     if why:
         return "leaky"
-    return "topic oracle" if settings.hash_key == "topic" else ""
+    return "topic oracle" if s.hash_key == "topic" else ""
 
 
-def leak(settings, router, pools):
+def reads_sequences(settings):
+    """Does a router read sequences as a whole? hash goes by the first token, or by the topic."""
+    return settings.unit == "sequence" and settings.router not in ("hash", "dense")
+
+
+def leak(settings, router):
     """Why the routing of a token depends on later ones; "" if it does not."""
+    s = settings
     if router is not None and not router.causal:
-        return (
-            f"--router {settings.router} is not causal with these options: what a token gets "
-            "depends on later tokens"
-        )
-    if pools and settings.pool == "mean":
+        why = "what a token gets depends on later tokens"
+        return f"--router {s.router} is not causal with these options: {why}"
+    if reads_sequences(s) and s.pool == "mean":
         return "--pool mean routes a sequence by later tokens too; --pool prefix does not"
-    if pools and settings.score_from < settings.prefix:
-        return (
-            f"--score-from {settings.score_from} scores tokens whose routing has read on to "
-            f"position {settings.prefix}"
-        )
+    if reads_sequences(s) and s.score_from < s.prefix:
+        rule = f"tokens whose routing has read on to position {s.prefix}"
+        return f"--score-from {s.score_from} scores {rule}"
     return ""
 
 
@@ -229,12 +214,12 @@ def unused(settings):
     found = {}
     if settings.router == "dense":
         why = "--unit sequence and --scope global are for routers; --router dense has none"
-        found |= dict.fromkeys(("unit", "scope"), why)
+        found["unit"] = found["scope"] = why
     if settings.router != "hash":
         found["hash_key"] = f"--hash-key is for --router hash, not {settings.router}"
-    if settings.unit != "sequence" or settings.router in ("hash", "dense"):
+    if not reads_sequences(settings):
         why = "--pool and --prefix are for --unit sequence and a router that reads tokens"
-        found |= dict.fromkeys(("pool", "prefix"), why)
+        found["pool"] = found["prefix"] = why
     return found
 
 
@@ -251,36 +236,25 @@ class Text:
     def __init__(self, settings, device, folder=None):
         """folder: the run whose tokenizer is used; None: a new one is learned."""
         self.seed, self.batch_size = settings.seed, settings.batch_size
-        self.context, self.score_from = settings.context, settings.score_from
-        self.device = torch.device(device)
+        self.context = self.tokens = settings.context
+        self.score_from, self.device = settings.score_from, torch.device(device)
         self.parts, self.topics, self.tokenizer, self.facts = {}, [], None, {}
         if holds_bins(settings.data):
             self.read_bins(pathlib.Path(settings.data), settings.vocab_size)
         else:
             self.read_text(settings, folder)
-        counts = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
-        for part, count in counts.items():
+        self.counts = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
+        for part, count in self.counts.items():
             if not count:
-                raise ValueError(
-                    f"{self.about}: the {part} part is shorter than one block of "
-                    f"{self.context + 1} tokens"
-                )
-        if self.batch_size > counts["train"]:
-            raise ValueError(
-                f"--batch-size {self.batch_size} is larger than the data: "
-                f"{counts['train']} training blocks"
-            )
-        held = counts["validation"]
+                rule = f"shorter than one block of {self.context + 1} tokens"
+                raise ValueError(f"{self.about}: the {part} part is {rule}")
+        train, held = self.counts["train"], self.counts["validation"]
+        if self.batch_size > train:
+            larger = f"--batch-size {self.batch_size} is larger than the data"
+            raise ValueError(f"{larger}: {train} training blocks")
         self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # evenly spread
-        self.about += (
-            f"; {counts['train']} training blocks of {self.context} tokens, "
-            f"{len(self.scored)} of {held} validation blocks"
-        )
-
-    @property
-    def tokens(self):
-        """Tokens in a block."""
-        return self.context
+        scored = f"{len(self.scored)} of {held} validation blocks"
+        self.about += f"; {train} training blocks of {self.context} tokens, {scored}"
 
     def build(self, settings, make_feed):
         """The GPT; make_feed(block) gives each block its FFN or MoE."""
@@ -288,21 +262,19 @@ class Text:
 
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order."""
-        rows = rows_of_step(self.seed, step, self.batch_size, len(self.parts["train"][1]))
+        rows = rows_of_step(self.seed, step, self.batch_size, self.counts["train"])
         return self.ready("train", rows[part].numpy())
 
     def split(self, name):
         """The validation blocks that are scored; or "all", up to 4096 blocks of all documents."""
-        chosen = [("validation", self.scored)]
+        chosen = {"validation": self.scored}
         if name == "all":
-            counts = {part: len(self.parts[part][1]) for part in self.parts}
-            share = min(1, 4096 / sum(counts.values()))
-            chosen = []
-            for part, count in counts.items():
-                rows = np.linspace(0, count - 1, math.ceil(share * count)).astype(int)
-                chosen.append((part, rows))
+            share = min(1, 4096 / sum(self.counts.values()))
+            chosen = {}
+            for part, count in self.counts.items():
+                chosen[part] = np.linspace(0, count - 1, math.ceil(share * count)).astype(int)
         size = max(1, 8192 // self.context)
-        for part, rows in chosen:
+        for part, rows in chosen.items():
             for i in range(0, len(rows), size):
                 yield self.ready(part, rows[i : i + size])
 
@@ -352,10 +324,8 @@ class Text:
             return {}
         tokens = batch["input"].cpu()
         each = start * self.context + torch.arange(tokens.numel()).view_as(tokens)
-        found = {
-            "token": (tokens, None, self.tokenizer.pieces),
-            "token class": (self.class_of[tokens], each, list(self.classes)),
-        }
+        found = {"token": (tokens, None, self.tokenizer.pieces)}
+        found["token class"] = self.class_of[tokens], each, list(self.classes)
         if self.topics:
             topic = self.rank[batch["topic"].cpu()][:, None].expand(tokens.shape)
             document = batch["document"].cpu()[:, None].expand(tokens.shape)
@@ -366,14 +336,12 @@ class Text:
     def report(self, settings, model, fresh):
         """Facts of the text; of a leaky model also two figures on 32 blocks.
 
-        as_scored: all tokens at once. as_generated: each token with nothing after it there, as when
-        the model writes.
+        as_scored: all tokens at once. as_generated: one by one, as when the model writes.
         """
         facts = self.facts | {"vocab_size": self.vocab_size}
         if settings.remark != "leaky":
             return facts
-        chosen = self.scored[:: max(1, len(self.scored) // 32)][:32]
-        batch = self.ready("validation", chosen)
+        batch = self.ready("validation", self.scored[:: max(1, len(self.scored) // 32)][:32])
         scored, counts, _ = self.loss(model, batch)
         generated = 0.0
         for end in range(settings.score_from, settings.context + 1):
@@ -401,7 +369,7 @@ class Text:
             mass, pieces = labels["token"]
             for expert, share in enumerate(mass.T[:-1]):  # the last column is no expert
                 words = []
-                for i in share.topk(min(12, len(share))).indices:
+                for i in share.topk(12).indices:
                     if share[i] > 0:
                         words.append(repr(pieces[i].decode("utf-8", "replace"))[1:-1])
                 lines.append(f"block {block}, expert {expert}: {' '.join(words)}")
@@ -412,8 +380,7 @@ class Text:
         """The report page's part on text: HTML with validation text coloured by expert."""
         if self.tokenizer is None or not joints:
             return ""
-        rows = self.scored[:: max(1, len(self.scored) // 3)][:3]
-        batch = self.ready("validation", rows)
+        batch = self.ready("validation", self.scored[:: max(1, len(self.scored) // 3)][:3])
         page = ["<h2>Validation text, coloured by expert</h2>"]
         for block, routing in self.loss(model, batch)[2].items():
             mass = routing.mass()
@@ -427,82 +394,73 @@ class Text:
     # Reading: what fills parts, topics, tokenizer, about and facts.
     def read_bins(self, path, vocab_size):
         """nanoGPT's files: tokens of two bytes; the vocabulary as large as they need."""
-        tokens = {}
+        largest = {}
         for part, name in ("train", "train.bin"), ("validation", "val.bin"):
             file = path / name
             size = file.stat().st_size if file.is_file() else 0
             if size < 2 or size % 2:
                 raise ValueError(f"{file} must hold tokens of two bytes each, got {size} bytes")
-            tokens[part] = np.memmap(file, np.uint16, "r")
-        largest = {part: int(ids.max()) for part, ids in tokens.items()}
+            ids = np.memmap(file, np.uint16, "r")
+            self.parts[part] = ids, np.arange(0, len(ids) - self.context, self.context)
+            largest[part] = int(ids.max())
         size = max(largest.values()) + 1
         self.vocab_size = vocab_size or 64 * math.ceil(size / 64)  # rounded up: products like that
-        for part, ids in tokens.items():
-            if largest[part] >= self.vocab_size:
-                raise ValueError(
-                    f"{path}: {part} holds token {largest[part]}, beyond --vocab-size "
-                    f"{self.vocab_size}"
-                )
-            self.parts[part] = ids, np.arange(0, len(ids) - self.context, self.context)
+        for part, token in largest.items():
+            if token >= self.vocab_size:
+                rule = f"beyond --vocab-size {self.vocab_size}"
+                raise ValueError(f"{path}: {part} holds token {token}, {rule}")
         self.about = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
 
     def read_text(self, settings, folder):
-        if settings.vocab_size is not None and settings.vocab_size < 256:
-            raise ValueError(
-                f"--vocab-size must be at least 256 for text, its bytes, got {settings.vocab_size}"
-            )
+        most = settings.vocab_size
+        if most is not None and most < 256:
+            raise ValueError(f"--vocab-size must be at least 256 for text, its bytes, got {most}")
         documents = read_documents(settings.data, settings.replace_undecodable)
         long = [document for document in documents if len(document[2]) > self.context]
         train, validation = divide(long or documents)
         if folder:
             self.tokenizer = Tokenizer.read(folder / "tokenizer.json")
         else:
-            self.tokenizer = Tokenizer.learn((raw for _, _, raw in train), settings.vocab_size)
+            self.tokenizer = Tokenizer.learn((raw for _, _, raw in train), most)
         pieces = self.tokenizer.pieces
         self.vocab_size = len(pieces)
-        self.bytes_of = torch.tensor([len(piece) for piece in pieces])
-        topics = sorted({topic for topic, _, _ in documents})
+        self.bytes_of = torch.tensor(list(map(len, pieces)))
+        topic_of, names, texts = zip(*documents)
+        topics = sorted(set(topic_of))
         self.topics = topics if len(topics) > 1 else []
-        used = 0
-        for part, chosen, before in ("train", train, 0), ("validation", validation, len(train)):
-            used += self.cut(part, chosen, topics, before)
+        used = self.cut("train", train, topics)
+        used += self.cut("validation", validation, topics, first=len(train))
         self.name_topics(topics)
-        code = all(name.endswith(".py") for _, name, _ in documents)
+        code = all(name.endswith(".py") for name in names)
         self.classes = CODE if code else PROSE
         kinds = [token_class(i, piece, self.classes) for i, piece in enumerate(pieces)]
         self.class_of = torch.tensor(kinds)
-        validation_tokens = torch.from_numpy(self.parts["validation"][0])
-        self.facts = {"bytes_per_token": float(self.bytes_of[validation_tokens].double().mean())}
-        size = sum(len(raw) for _, _, raw in documents)
+        held = torch.from_numpy(self.parts["validation"][0])
+        self.facts = {"bytes_per_token": float(self.bytes_of[held].double().mean())}
         name = f"standard library of Python {platform.python_version()}"
         if settings.data:
             name = pathlib.Path(settings.data).name
+        size = sum(map(len, texts))
         self.about = (
             f"{name}: {len(documents)} documents, {len(topics)} topics, {size / 1e6:.1f} MB "
             f"({100 - 100 * used / size:.1f} % left out: tails and short documents), vocabulary of "
             f"{self.vocab_size}, {self.facts['bytes_per_token']:.2f} bytes a token"
         )
 
-    def cut(self, part, documents, topics, before):
-        """Fill parts[part] with the blocks of these documents; returns how many bytes they hold.
-
-        `before`: how many documents other parts hold, for numbers of their own.
-        """
+    def cut(self, part, documents, topics, first=0):
+        """Fill parts[part] with blocks of documents numbered from `first`; returns their bytes."""
         tokens, starts, document, topic = [], [], [], []
         end = used = 0
-        for number, (topic_name, _, raw) in enumerate(documents):
+        for number, (topic_name, _, raw) in enumerate(documents, first):
             ids = self.tokenizer.encode(raw)
             blocks = max(0, len(ids) - 1) // self.context
-            starts.append(end + self.context * np.arange(blocks))
-            document.append(np.full(blocks, before + number))
-            topic.append(np.full(blocks, topics.index(topic_name)))
             tokens.append(ids)
+            starts.append(end + self.context * np.arange(blocks))
+            document.append(np.full(blocks, number))
+            topic.append(np.full(blocks, topics.index(topic_name)))
             end += len(ids)
             used += int(self.bytes_of[torch.from_numpy(ids[: blocks * self.context])].sum())
-        of_blocks = []
-        for values in starts, document, topic:
-            of_blocks.append(np.concatenate(values).astype(np.int64))
-        self.parts[part] = np.concatenate(tokens), *of_blocks
+        self.parts[part] = tuple(map(np.concatenate, (tokens, starts, document, topic)))
         return used
 
     def name_topics(self, topics):
@@ -510,12 +468,11 @@ class Text:
         topic_of = {}
         for _, _, document, topic in self.parts.values():
             topic_of.update(zip(document.tolist(), topic.tolist()))
-        documents = collections.Counter(topic_of.values())
-        common = sorted(documents, key=lambda topic: (-documents[topic], topic))[:10]
-        self.rank = torch.full((len(topics),), -1)
-        for place, topic in enumerate(common):
+        documents = collections.Counter(sorted(topic_of.values()))  # of equals, the first by name
+        self.rank, self.common = torch.full((len(topics),), -1), []
+        for place, (topic, _) in enumerate(documents.most_common(10)):
             self.rank[topic] = place
-        self.common = [topics[topic] for topic in common]
+            self.common.append(topics[topic])
 
 
 def columns(summary):
@@ -576,7 +533,7 @@ class Tokenizer:
     def __init__(self, known):
         self.pieces = [bytes([i]) for i in range(256)] + list(known)
         self.ids = {lexeme: 256 + i for i, lexeme in enumerate(known)}
-        self.cut = {}  # what was cut before
+        self.cut = {}  # {lexeme: its ids}, of those met so far
 
     @classmethod
     def learn(cls, texts, vocab_size=None):
@@ -592,25 +549,23 @@ class Tokenizer:
         """bytes -> array [N] of ids."""
         ids = []
         for lexeme in lexemes(text):
-            known = self.ids.get(lexeme)
-            if known is None:
-                ids.extend(self.split(lexeme))
-            else:
-                ids.append(known)
+            if lexeme not in self.cut:
+                self.cut[lexeme] = self.split(lexeme)
+            ids.extend(self.cut[lexeme])
         return np.array(ids, np.int32)
 
     def split(self, lexeme):
-        """The ids of a lexeme not known as a whole: again and again, its longest beginning."""
-        if lexeme not in self.cut:
-            ids, start = [], 0
-            while start < len(lexeme):
-                end = len(lexeme)
-                while end > start + 1 and lexeme[start:end] not in self.ids:
-                    end -= 1
-                ids.append(self.ids[lexeme[start:end]] if end > start + 1 else lexeme[start])
-                start = end
-            self.cut[lexeme] = ids
-        return self.cut[lexeme]
+        """Its id; of a lexeme that is not known, again and again that of its longest beginning."""
+        if lexeme in self.ids:
+            return [self.ids[lexeme]]
+        ids, start = [], 0
+        while start < len(lexeme):
+            end = len(lexeme)
+            while end > start + 1 and lexeme[start:end] not in self.ids:
+                end -= 1
+            ids.append(self.ids[lexeme[start:end]] if end > start + 1 else lexeme[start])
+            start = end
+        return ids
 
     def decode(self, ids):
         return b"".join(self.pieces[i] for i in ids)
@@ -623,9 +578,7 @@ class Tokenizer:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} holds no tokenizer: {error}") from None
         if b"" in known or len(set(known)) < len(known):
-            raise ValueError(
-                f"{path} holds no tokenizer: an empty lexeme, or one that stands twice"
-            )
+            raise ValueError(f"{path} holds no tokenizer: a lexeme is empty, or stands twice")
         return cls(known)
 
 
@@ -665,9 +618,7 @@ def token_class(token, piece, classes):
     """The place in CODE or PROSE of a token, by its spelling alone; ids below 256 are raw bytes."""
     spelling = ""
     if token >= 256:
-        spelling = piece.decode("utf-8", "replace").replace(
-            "\ufffd", "x"
-        )  # a cut character: a letter
+        spelling = piece.decode("utf-8", "replace").replace("\ufffd", "x")  # what was cut: a letter
     for place, pattern in enumerate(classes.values()):
         if re.match(pattern, spelling):
             return place
@@ -687,18 +638,19 @@ def read_documents(path, replace=False):
     ValueError for a path without text, and for bytes that are no UTF-8 (unless `replace`: U+FFFD).
     """
     root = pathlib.Path(path or sysconfig.get_paths()["stdlib"])
-    folder = root.parent if root.is_file() else root
+    folder, names = root.parent, [pathlib.Path(root.name)]
+    if not root.is_file():
+        folder, names = root, names_below(root, library=path is None)
     documents = []
-    for name in names_of(root, library=path is None):
+    for name in names:
         raw = (folder / name).read_bytes()
         try:
             raw.decode()
         except UnicodeDecodeError as error:
             if not replace:
-                raise ValueError(
-                    f"{folder / name} is not UTF-8 at byte {error.start}; "
-                    "--replace-undecodable reads it all the same"
-                ) from None
+                where = f"{folder / name} is not UTF-8 at byte {error.start}"
+                rule = "--replace-undecodable reads it all the same"
+                raise ValueError(f"{where}; {rule}") from None
             raw = raw.decode("utf-8", "replace").encode()
         topic = ""
         if len(name.parts) > 1 or path is None:
@@ -709,15 +661,15 @@ def read_documents(path, replace=False):
     return documents
 
 
-def names_of(root, library):
+def names_below(folder, library):
     """The files below a folder, as paths from there; of the library, its Python files alone."""
-    if root.is_file():
-        return [pathlib.Path(root.name)]
-    tests = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
-    skipped = tests if library else set()
+    pattern, skipped = "*", ()
+    if library:
+        pattern = "*.py"
+        skipped = "test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"
     names = []
-    for file in sorted(root.rglob("*.py" if library else "*")):
-        name = file.relative_to(root)
+    for file in sorted(folder.rglob(pattern)):
+        name = file.relative_to(folder)
         hidden = any(part.startswith(".") or part in skipped for part in name.parts)
         if file.is_file() and not hidden:
             names.append(name)
@@ -743,7 +695,7 @@ def divide(documents):
         groups[None if alone else document[0]].append(document)
     train, validation = [], []
     for group in groups.values():
-        tenth = max(1, round(len(group) / 10)) if len(group) > 1 else 0
+        tenth = min(len(group) - 1, max(1, round(len(group) / 10)))
         train.extend(group[tenth:])
         validation.extend(group[:tenth])
     return train, validation
@@ -752,10 +704,7 @@ def divide(documents):
 # ---------------------------------------------------------------- sampling, with --sample
 @torch.no_grad()
 def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
-    """`count` more tokens after `tokens`, a list. temperature 0: always the likeliest.
-
-    Else one is drawn from the likeliest that hold top_p of the probability together.
-    """
+    """`count` more tokens after a list: the likeliest at temperature 0, else drawn within top_p."""
     for step in range(count):
         context = torch.tensor([tokens[-model.context :]], device=model.position.device)
         logits, _ = model(context)
@@ -778,15 +727,11 @@ def sample(model, tokenizer, saved, asked, colored):
     prompt = tokenizer.encode(asked.prompt.encode("utf-8", "surrogateescape")).tolist()
     if not prompt:
         raise ValueError("--prompt is empty; sampling needs something to go on from")
-    pools = saved.unit == "sequence" and saved.router != "hash"
-    if pools and saved.pool == "mean":
-        raise ValueError(
-            "this run routes by the mean of a whole sequence, not there before it is written"
-        )
-    if pools and len(prompt) < saved.prefix:
-        raise ValueError(
-            f"this run routes by the first {saved.prefix} tokens; --prompt has only {len(prompt)}"
-        )
+    if reads_sequences(saved) and saved.pool == "mean":
+        raise ValueError("this run routes by the mean of a whole sequence, known at its end")
+    if reads_sequences(saved) and len(prompt) < saved.prefix:
+        rule = f"this run routes by the first {saved.prefix} tokens"
+        raise ValueError(f"{rule}; --prompt has only {len(prompt)}")
     count, temperature = asked.max_new_tokens, asked.temperature
     tokens = generate(model, prompt, count, temperature, asked.top_p, asked.seed)
     shown = tokens[-model.context :]
@@ -809,14 +754,12 @@ def painted(tokens, mass, tokenizer, paint):
     E = mass.shape[-1]
     expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).view(len(tokens), -1)
     pairs = zip(expert.expand(tokens.shape).flatten().tolist(), tokens.flatten().tolist())
-    text = []
-    for expert, stretch in itertools.groupby(pairs, key=lambda pair: pair[0]):
+    text = ""
+    for expert, stretch in itertools.groupby(pairs, key=operator.itemgetter(0)):
         words = tokenizer.decode(token for _, token in stretch).decode("utf-8", "replace")
-        rgb = NO_EXPERT
-        if expert < E:
-            rgb = color(expert, E, lightness=0.8)
-        text.append(paint(words, *rgb))
-    return "".join(text)
+        rgb = color(expert, E, lightness=0.8) if expert < E else NO_EXPERT
+        text += paint(words, *rgb)
+    return text
 
 
 def on_terminal(text, *rgb):

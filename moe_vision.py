@@ -52,7 +52,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """The parts of x + attend(x), then x + feed(norm2(x)); feed is an FFN or MoE, and the model's."""
+    """x + attend(x), then x + feed(norm2(x)): attention, and an FFN or MoE which the model runs."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -155,7 +155,7 @@ class Images:
 
     image_size  pixels along an image              names             of the classes
     about       one line on the set                few_shot_classes  those held out for the probe
-    mean, std   that pixels from 0 to 1 lost, or a method pixels() of its own
+    mean, std   an image is (pixel - mean) / std of pixels from 0 to 1; else, a method pixels()
 
     A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "shape" [B], "kind"
     [B, T] and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of
@@ -175,13 +175,13 @@ class Images:
 
     def build(self, settings, make_feed):
         """The ViT; make_feed(block) gives each block its FFN or MoE."""
-        if self.image_size % self.patch:
-            got = f"--patch {self.patch} and images of {self.image_size} pixels"
+        s, size = settings, self.image_size
+        if size % s.patch:
+            got = f"--patch {s.patch} and images of {size} pixels"
             raise ValueError(f"--patch must divide the image size, got {got}")
-        feeds = [make_feed(block) for block in range(settings.depth)]
-        patchwise, together = settings.head == "patch", settings.group == "batch"
+        feeds = [make_feed(block) for block in range(s.depth)]
+        patchwise, together = s.head == "patch", s.group == "batch"
         classes = PATCH_CLASSES if patchwise else len(self.names)
-        size, s = self.image_size, settings
         return ViT(size, s.patch, s.dim, s.heads, feeds, classes, patchwise, together)
 
     def loss(self, model, batch):
@@ -218,10 +218,8 @@ class Images:
         B, T = len(batch["image"]), self.tokens
         patch = torch.arange(start * T, (start + B) * T).view(B, T)
         image = torch.arange(start, start + B)[:, None].expand(B, T)
-        found = {
-            "class": (batch["label"].cpu()[:, None].expand(B, T), image, self.names),
-            "position": (torch.arange(T).expand(B, T), patch, range(T)),
-        }
+        found = {"class": (batch["label"].cpu()[:, None].expand(B, T), image, self.names)}
+        found["position"] = torch.arange(T).expand(B, T), patch, range(T)
         if "kind" in batch:
             found["patch kind"] = batch["kind"].cpu(), patch, KINDS
             found["shape"] = batch["shape"].cpu()[:, None].expand(B, T), image, SHAPES
@@ -516,22 +514,20 @@ def read_cifar(files):
     A record is the label, one byte, and 3072 bytes of pixels; in CIFAR-100's train.bin and test.bin
     a coarse label stands before the fine one.
     """
-    images, labels = [], []
+    fine = int(files[0].name in ("train.bin", "test.bin"))
+    size, classes, records = 3073 + fine, 100 if fine else 10, []
     for file in files:
-        raw = np.frombuffer(file.read_bytes(), np.uint8)
-        fine = int(file.name in ("train.bin", "test.bin"))
-        record, classes = 3073 + fine, 100 if fine else 10
-        if not len(raw) or len(raw) % record:
-            rule = f"not a whole number of records of {record} bytes"
+        raw = torch.from_numpy(np.fromfile(file, np.uint8))
+        if not len(raw) or len(raw) % size:
+            rule = f"not a whole number of records of {size} bytes"
             raise ValueError(f"{file} holds {len(raw)} bytes, {rule}")
-        raw = raw.reshape(-1, record)
-        images.append(raw[:, fine + 1 :].reshape(-1, 3, 32, 32))
-        labels.append(raw[:, fine])
-    labels = np.concatenate(labels).astype(np.int64)
+        records.append(raw.view(-1, size))
+    records = torch.cat(records)
+    images, labels = records[:, fine + 1 :].reshape(-1, 3, 32, 32), records[:, fine].long()
     if labels.max() >= classes:
         rule = f"labels of this layout are below {classes}"
         raise ValueError(f"{files[0].parent} has a label {labels.max()}; {rule}")
-    return torch.from_numpy(np.concatenate(images)), torch.from_numpy(labels), classes
+    return images, labels, classes
 
 
 def read_npz(path):
