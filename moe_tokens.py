@@ -103,7 +103,7 @@ class GPT(nn.Module):
     def forward(self, tokens, topic=None):
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         key = tokens if self.hash_key == "token" else topic[:, None].expand_as(tokens)
-        shared = None
+        shared = None  # the Routing of all blocks
         if self.scope == "global":
             shared = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
         routings = {}
@@ -243,12 +243,12 @@ class Text:
             self.read_bins(pathlib.Path(settings.data), settings.vocab_size)
         else:
             self.read_text(settings, folder)
-        self.counts = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
-        for part, count in self.counts.items():
+        self.sizes = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
+        for part, count in self.sizes.items():
             if not count:
                 rule = f"shorter than one block of {self.context + 1} tokens"
                 raise ValueError(f"{self.about}: the {part} part is {rule}")
-        train, held = self.counts["train"], self.counts["validation"]
+        train, held = self.sizes["train"], self.sizes["validation"]
         if self.batch_size > train:
             larger = f"--batch-size {self.batch_size} is larger than the data"
             raise ValueError(f"{larger}: {train} training blocks")
@@ -262,16 +262,16 @@ class Text:
 
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order."""
-        rows = rows_of_step(self.seed, step, self.batch_size, self.counts["train"])
+        rows = rows_of_step(self.seed, step, self.batch_size, self.sizes["train"])
         return self.ready("train", rows[part].numpy())
 
     def split(self, name):
         """The validation blocks that are scored; or "all", up to 4096 blocks of all documents."""
         chosen = {"validation": self.scored}
         if name == "all":
-            share = min(1, 4096 / sum(self.counts.values()))
+            share = min(1, 4096 / sum(self.sizes.values()))
             chosen = {}
-            for part, count in self.counts.items():
+            for part, count in self.sizes.items():
                 chosen[part] = np.linspace(0, count - 1, math.ceil(share * count)).astype(int)
         size = max(1, 8192 // self.context)
         for part, rows in chosen.items():
@@ -481,17 +481,13 @@ def columns(summary):
     def bits(part):
         return summary.get(part, {}).get("bits_per_byte")
 
-    as_generated = None
+    found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
+    found["dropless"], found["as generated"] = bits("validation_dropless"), None
     if bits("as_generated"):  # both were taken on the same few blocks: their difference counts
-        as_generated = bits("validation") + bits("as_generated") - bits("as_scored")
-    return {
-        "bits/byte": bits("validation"),
-        "perplexity": summary["validation"]["perplexity"],
-        "dropless": bits("validation_dropless"),
-        "as generated": as_generated,
-        "vocabulary": summary["vocab_size"],
-        "bytes/token": summary.get("bytes_per_token"),
-    }
+        found["as generated"] = bits("validation") + bits("as_generated") - bits("as_scored")
+    found["vocabulary"] = summary["vocab_size"]
+    found["bytes/token"] = summary.get("bytes_per_token")
+    return found
 
 
 def load(settings, device, folder=None):
