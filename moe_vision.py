@@ -241,9 +241,11 @@ class Images:
         for name, read in readers.items():
             accuracy = []
             for draw in range(draws):
-                support, query = self.probe(draw)
-                right = ridge_accuracy(read_features(read, *support), read_features(read, *query))
-                accuracy.append(100 * right)
+                parts = []
+                for image, label in self.probe(draw):
+                    features = torch.cat([read(some) for some in image.split(256)])
+                    parts.append((features.cpu(), label.cpu()))
+                accuracy.append(100 * ridge_accuracy(*parts))
             found[name] = [float(np.mean(accuracy)), float(np.std(accuracy, ddof=1))]
         return found
 
@@ -607,11 +609,6 @@ def download(name, root="data"):
 
 
 # ---------------------------------------------------------------- the few-shot probe
-def read_features(read, images, labels):
-    """read(images) [N, D], read 256 at a time, and labels [N]; both on the CPU."""
-    return torch.cat([read(part) for part in images.split(256)]).cpu(), labels.cpu()
-
-
 def ridge_accuracy(support, query):
     """Accuracy of closed-form ridge regression; support, query: (features [N, D], labels [N]).
 
