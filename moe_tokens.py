@@ -570,11 +570,13 @@ class Tokenizer:
     def read(cls, path):
         """The tokenizer that a run saved, a character a byte. ValueError for another file."""
         try:
-            known = [lexeme.encode("latin-1") for lexeme in json.loads(path.read_text("utf-8"))]
+            read = json.loads(path.read_text("utf-8"))
+            known = [lexeme.encode("latin-1") for lexeme in read]
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} holds no tokenizer: {error}") from None
-        if b"" in known or len(set(known)) < len(known):
-            raise ValueError(f"{path} holds no tokenizer: a lexeme is empty, or stands twice")
+        if not isinstance(read, list) or b"" in known or len(set(known)) < len(known):
+            rule = "it must be a list of lexemes, none empty, none twice"
+            raise ValueError(f"{path} holds no tokenizer: {rule}")
         return cls(known)
 
 
