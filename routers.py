@@ -58,8 +58,7 @@ class Routing:
         self._tensors = dispatch, combine
         self.load = load
         self.losses = losses or {}
-        for name, value in notes.items():
-            setattr(self, name, value)
+        vars(self).update(notes)
 
     def tensors(self):
         """dispatch and combine, both [G, T, E, C]."""
@@ -103,11 +102,11 @@ class HardRouting(Routing):
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # The row of x.flatten(0, 1) that each slot reads, ordered [E, G, C] so that one batched
-        # product over E needs no copy. An empty slot reads its group's last token, with weight 0.
+        # The row of x.flatten(0, 1) that each slot reads. Slots are ordered [E, G, C], so that one
+        # batched product over E needs no copy. An empty one reads its group's last token, weight 0.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
-        self._rows = rows.transpose(0, 1).flatten()
+        self._rows = rows.transpose(0, 1).flatten()  # [E*G*C]
 
     def tensors(self):
         dispatch = F.one_hot(self.index, self.tokens + 1)[..., :-1]  # [G, E, C, T]
@@ -125,11 +124,8 @@ class HardRouting(Routing):
         return self.gather(x).masked_fill(empty[..., None], 0)
 
     def combine(self, y):
-        G, E, C, D = y.shape
-        weight = self.weight.to(y.dtype)[..., None]
-        weighted = (y.transpose(0, 1) * weight.transpose(0, 1)).reshape(-1, D)  # [E*G*C, D]
-        summed = y.new_zeros(G * self.tokens, D).index_add_(0, self._rows, weighted)
-        return summed.view(G, self.tokens, D)
+        weight = self.weight.transpose(0, 1).flatten()
+        return self._add_up(y.transpose(0, 1).flatten(0, 2), weight, self._rows)
 
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
@@ -137,10 +133,15 @@ class HardRouting(Routing):
         seated = (self.index < self.tokens).transpose(0, 1).flatten()
         # The number of filled slots is known, so that nothing here waits for the device.
         slot = seated.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
-        rows = self._rows[slot]
+        rows, weight = self._rows[slot], self.weight.transpose(0, 1).flatten()[slot]
         y = experts.ragged(x.flatten(0, 1).index_select(0, rows), self.filled)  # [N, D]
-        weighted = y * self.weight.transpose(0, 1).reshape(-1, 1)[slot].to(y.dtype)
-        return y.new_zeros(x.shape).flatten(0, 1).index_add_(0, rows, weighted).view_as(x)
+        return self._add_up(y, weight, rows)
+
+    def _add_up(self, y, weight, rows):
+        """What slots give, y [N, D] times weight [N], added to the rows that they read."""
+        G, T = len(self.index), self.tokens
+        weighted = y * weight[:, None].to(y.dtype)
+        return y.new_zeros(G * T, y.shape[-1]).index_add_(0, rows, weighted).unflatten(0, (G, T))
 
     def mass(self):
         return self._by_token(self.weight)
@@ -307,11 +308,6 @@ def mean_over_processes(value):
     return value
 
 
-def need(held, rule, name, value):
-    if not held:
-        raise ValueError(f"{rule}, got {name}={value!r}")
-
-
 class Router(nn.Module):
     """What all routers share: options and their rules, the gate, the capacity.
 
@@ -359,31 +355,33 @@ class Router(nn.Module):
 
     def check_options(self):
         values = dict(dim=self.dim, num_experts=self.num_experts) | vars(self.options)
+
+        def need(held, name, rule):
+            if not held:
+                raise ValueError(f"{rule}, got {name}={values[name]!r}")
+
         for name, value in values.items():
             if name in CHOICES:
-                rule = f"{name} must be one of {', '.join(CHOICES[name])}"
-                need(value in CHOICES[name], rule, name, value)
+                held = value in CHOICES[name]
+                need(held, name, f"{name} must be one of {', '.join(CHOICES[name])}")
             if name in WHOLE and not (value is None and name in ("slots", "tokens")):
-                whole = type(value) is int and value >= 1
-                need(whole, f"{name} must be a whole number >= 1", name, value)
+                held = type(value) is int and value >= 1
+                need(held, name, f"{name} must be a whole number >= 1")
             if name in RANGES:
-                number = type(value) in (int, float) and 0 <= value <= RANGES[name]
-                need(number, f"{name} must be a number >= 0, at most {RANGES[name]:g}", name, value)
-        self.check_budget(values)
-
-    def check_budget(self, values):
+                held = type(value) in (int, float) and 0 <= value <= RANGES[name]
+                need(held, name, f"{name} must be a number >= 0, at most {RANGES[name]:g}")
         E, K, factor = self.num_experts, values["top_k"], values["capacity_factor"]
-        need(K <= E, f"top_k must be at most num_experts={E}", "top_k", K)
-        number = type(factor) in (int, float) and 0 < factor < math.inf
-        positive = "capacity_factor must be a positive number"
-        need(factor is None or number, positive, "capacity_factor", factor)
-        rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
-        need(factor is not None or self.chooses == "tokens", rule, "capacity_factor", factor)
+        need(K <= E, "top_k", f"top_k must be at most num_experts={E}")
+        if factor is None:
+            rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
+            need(self.chooses == "tokens", "capacity_factor", rule)
+        else:
+            held = type(factor) in (int, float) and 0 < factor < math.inf
+            need(held, "capacity_factor", "capacity_factor must be a positive number")
         if values.get("renormalize"):
-            rule = "renormalize needs top_k >= 2 (the only gate would always be 1)"
-            need(K > 1, rule, "top_k", K)
+            need(K > 1, "top_k", "renormalize needs top_k >= 2 (the only gate would always be 1)")
         tiny = 0 < values.get("noise_std", 0) < 1e-6
-        need(not tiny, "noise_std must be 0 or at least 1e-6", "noise_std", values.get("noise_std"))
+        need(not tiny, "noise_std", "noise_std must be 0 or at least 1e-6")
 
     def make_gate(self):
         self.gate = nn.Linear(self.dim, self.num_experts, bias=False)
@@ -414,14 +412,12 @@ class Router(nn.Module):
         """Logits [G, T, E] of tokens x [G, T, D], in float32 at least; without noise."""
         random = self.options.router_weights == "random" and self.training
         gate = self.random_gate if random else self.gate
+        *hidden, last = gate.parameters()
         with torch.autocast(x.device.type, enabled=False):
             z = x.to(torch.promote_types(x.dtype, torch.float32))
-            for part in gate if isinstance(gate, nn.Sequential) else [gate]:
-                if isinstance(part, nn.Linear):
-                    z = F.linear(z, part.weight.to(z.dtype))  # part(z) would not cast its weight
-                else:
-                    z = part(z)
-            return z
+            for weight in hidden:  # none in a linear gate
+                z = F.gelu(F.linear(z, weight.to(z.dtype)))
+            return F.linear(z, last.to(z.dtype))  # gate(x) would not cast its weights
 
     def add_noise(self, logits):
         """In training, logits with noise of deviation noise_std / E; else the logits themselves."""
@@ -470,9 +466,8 @@ class Router(nn.Module):
         """What .to() and .half() call. Buffers moved in small steps stay float32 at least."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name in ("bias", "threshold"):
-            after = self._buffers.get(name)
-            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+        for name, after in self.named_buffers(recurse=False):
+            if after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before[name].to(after.device, torch.float32)
         return self
 
@@ -505,33 +500,25 @@ class TokenChoice(Router):
         return dropless or o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
 
     def route(self, x, key=None):
-        logits = self.logits(x)
+        o, logits = self.options, self.logits(x)
         noisy = self.add_noise(logits)
         decides, weighs = self.scores(logits, noisy)
-        biased = decides + self.bias if self.options.bias_rate else decides
-        expert_index = top(biased, self.options.top_k, -1)  # [G, T, K]
-        weight = self.normalize(weighs.gather(-1, expert_index))
+        biased = decides + self.bias if o.bias_rate else decides
+        expert_index = top(biased, o.top_k, -1)  # [G, T, K]
+        weight = weighs.gather(-1, expert_index)
+        if getattr(o, "renormalize", o.top_k > 1):  # sigmoid has no such option
+            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
         routing = self.seat(expert_index, weight, decides)
         routing.logits, routing.gates = logits, self.probabilities(logits)
-        routing.losses = self.balance(routing, noisy)
-        return routing
-
-    def normalize(self, weight):
-        """The weights [G, T, K] of a token's K choices, over their sum if the options say so."""
-        if getattr(self.options, "renormalize", self.options.top_k > 1):  # sigmoid has no option
-            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
-        return weight
-
-    def balance(self, routing, noisy):
-        logits, gates, o = routing.logits, routing.gates, self.options
-        losses = {
-            "importance": importance_loss(logits, gates),
-            "balance": balance_loss(logits, routing.expert_index, gates, o.balance_scope),
+        routing.losses = {
+            "importance": importance_loss(logits, routing.gates),
+            "balance": balance_loss(logits, expert_index, routing.gates, o.balance_scope),
             "z": z_loss(logits),
         }
         if noisy is not logits:  # there was noise
-            losses["load"] = load_loss(logits, noisy, o.top_k, o.noise_std / self.num_experts)
-        return losses
+            noise_std = o.noise_std / self.num_experts
+            routing.losses["load"] = load_loss(logits, noisy, o.top_k, noise_std)
+        return routing
 
     def seat(self, expert_index, weight, scores=None):
         """Queue the T*K pairs (token, choice), expert_index and weight [G, T, K] -> Routing.
@@ -590,9 +577,7 @@ class SinkhornTokenChoice(TokenChoice):
     causal = False  # a plan balances over all tokens
 
     def scores(self, logits, noisy):
-        def plan(z):
-            return sinkhorn_plan(z, self.options.iterations)
-
+        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
         return self.by_plan(plan, noisy, logits.softmax(-1))  # gates without noise, as published
 
 
@@ -703,9 +688,7 @@ class SinkhornExpertChoice(ExpertChoice):
     defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
 
     def scores(self, logits, noisy):
-        def plan(z):
-            return sinkhorn_plan(z, self.options.iterations)
-
+        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
         return self.by_plan(plan, noisy, noisy.softmax(-1))  # gates with noise, as published
 
 
@@ -785,8 +768,9 @@ class Soft(Router):
         super().__init__(dim, num_experts, **options)
         o = self.options
         if o.slots is None:
-            rule = "soft needs slots, or the tokens of a group to count them from"
-            need(o.tokens is not None, rule, "slots", o.slots)
+            if o.tokens is None:
+                rule = "soft needs slots, or the tokens of a group to count them from"
+                raise ValueError(f"{rule}, got slots=None")
             wanted = o.tokens * o.top_k * o.capacity_factor / num_experts
             o.slots = max(1, round(min(wanted, 2.0**31)))
         self.phi = nn.Parameter(torch.empty(dim, num_experts, o.slots))
@@ -832,31 +816,23 @@ class Experts(nn.Module):
         self.b2 = stacked(num_experts, 1, dim, hidden, init)
 
     def expert(self, z, w1, b1, w2, b2):
-        """What one expert computes of z [N, D], or all of them of z [E, N, D]; the same shape."""
-        return affine(F.gelu(affine(z, w1, b1)), w2, b2)
+        """What each expert computes of its N vectors, z [E, N, D]; the same shape."""
+        return torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
 
     def forward(self, slots):
         """slots [G, E, C, D] -> [G, E, C, D]; or n*D wide: n vectors in a slot, each on its own."""
         G, E, C, width = slots.shape
-        vectors = G * C * width // self.dim
-        z = slots.transpose(0, 1).reshape(E, vectors, self.dim)
+        z = slots.transpose(0, 1).reshape(E, -1, self.dim)
         return self.expert(z, *self.parameters()).view(E, G, C, width).transpose(0, 1)
 
     def ragged(self, z, counts):
         """The same for z [N, D] sorted by expert, counts[e] rows of each: no empty slots."""
         outputs = []
-        by_expert = zip(*(parameter.unbind() for parameter in self.parameters()))
+        by_expert = zip(*(parameter.split(1) for parameter in self.parameters()))
         for rows, parameters in zip(z.split(counts), by_expert):
-            vectors = rows.reshape(rows.numel() // self.dim, self.dim)
+            vectors = rows.reshape(1, -1, self.dim)  # an expert by itself
             outputs.append(self.expert(vectors, *parameters).view_as(rows))
         return torch.cat(outputs)
-
-
-def affine(z, weight, bias):
-    """z weight + bias as one product: of one expert, or of all as one batch."""
-    if z.ndim == 2:
-        return torch.addmm(bias, z, weight)
-    return torch.baddbmm(bias, z, weight)
 
 
 def stacked(num_experts, rows, columns, fan_in, init="independent"):
@@ -898,10 +874,8 @@ class MoE(nn.Module):
     def check_type(self, x):
         for weight in self.experts.parameters():
             if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise ValueError(
-                    f"tokens and experts must be of one type outside autocast, "
-                    f"got tokens of {x.dtype} and experts of {weight.dtype}"
-                )
+                rule = "tokens and experts must be of one type outside autocast"
+                raise ValueError(f"{rule}, got tokens of {x.dtype} and experts of {weight.dtype}")
 
     def no_decay(self):
         """The names of the parameters that weight decay should spare: the router, all biases."""
