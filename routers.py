@@ -46,33 +46,30 @@ from torch import nn
 
 # ---------------------------------------------------------------- the formulation
 class Routing:
-    """What a router decided.
+    """What a router decided: the tensors dispatch and combine, both [G, T, E, C], and
 
-    dispatch, combine  the two tensors, [G, T, E, C]
-    load               [E], the share of all assignments that each expert received, before drops
-    losses             {name: scalar}, not yet weighted
-    notes              whatever else is worth keeping (logits, gates, ...), as attributes
+    load    [E], the share of all assignments that each expert received, before drops
+    losses  {name: scalar}, not yet weighted
+    notes   whatever else is worth keeping (logits, gates, ...), as attributes
     """
 
     def __init__(self, dispatch, combine, load, losses=None, **notes):
-        self._tensors = dispatch, combine
+        self._dispatch, self._combine = dispatch, combine
         self.load = load
         self.losses = losses or {}
         vars(self).update(notes)
 
     def tensors(self):
-        """dispatch and combine, both [G, T, E, C]."""
-        return self._tensors
+        """The definition: dispatch and combine, both [G, T, E, C]."""
+        return self._dispatch, self._combine
 
     def dispatch(self, x):
         """Tokens x [G, T, D] -> slots [G, E, C, D]: the first equation."""
-        dispatch, _ = self.tensors()
-        return torch.einsum("gtec,gtd->gecd", dispatch.to(x.dtype), x)
+        return torch.einsum("gtec,gtd->gecd", self._dispatch.to(x.dtype), x)
 
     def combine(self, y):
         """The experts' outputs y [G, E, C, D] -> tokens [G, T, D]: the second equation."""
-        _, combine = self.tensors()
-        return torch.einsum("gtec,gecd->gtd", combine.to(y.dtype), y)
+        return torch.einsum("gtec,gecd->gtd", self._combine.to(y.dtype), y)
 
     def run(self, x, experts):
         """Both equations, with the experts at work between them: x [G, T, D] -> y [G, T, D]."""
@@ -80,13 +77,11 @@ class Routing:
 
     def mass(self):
         """The weight that each token gives each expert, [G, T, E]."""
-        _, combine = self.tensors()
-        return combine.sum(-1)
+        return self._combine.sum(-1)
 
     def counts(self):
         """In how many slots each token sits, [G, T]; 0 means dropped. Soft: in all of them."""
-        dispatch, _ = self.tensors()
-        return (dispatch != 0).sum((2, 3))
+        return (self._dispatch != 0).sum((2, 3))
 
 
 class HardRouting(Routing):
@@ -95,18 +90,17 @@ class HardRouting(Routing):
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
     filled  for a dropless routing, where C is the largest load and most slots are empty: how many
-            slots of each expert are filled in all groups, a list of E numbers. Experts that have
-            ragged() then compute only those.
+            slots of each expert are filled, a list. Experts with ragged() compute only those.
     """
 
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # The row of x.flatten(0, 1) that each slot reads. Slots are ordered [E, G, C], so that one
-        # batched product over E needs no copy. An empty one reads its group's last token, weight 0.
+        # Every slot's weight and the row of x.flatten(0, 1) that it reads, ordered [E, G, C], so
+        # that one batched product over E needs no copy. An empty slot reads any row, with weight 0.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
-        self._rows = rows.transpose(0, 1).flatten()  # [E*G*C]
+        self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
 
     def tensors(self):
         dispatch = F.one_hot(self.index, self.tokens + 1)[..., :-1]  # [G, E, C, T]
@@ -124,8 +118,7 @@ class HardRouting(Routing):
         return self.gather(x).masked_fill(empty[..., None], 0)
 
     def combine(self, y):
-        weight = self.weight.transpose(0, 1).flatten()
-        return self._add_up(y.transpose(0, 1).flatten(0, 2), weight, self._rows)
+        return self._add_up(y.transpose(0, 1).flatten(0, 2), self._weights, self._rows)
 
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
@@ -133,14 +126,14 @@ class HardRouting(Routing):
         seated = (self.index < self.tokens).transpose(0, 1).flatten()
         # The number of filled slots is known, so that nothing here waits for the device.
         slot = seated.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
-        rows, weight = self._rows[slot], self.weight.transpose(0, 1).flatten()[slot]
+        rows = self._rows[slot]
         y = experts.ragged(x.flatten(0, 1).index_select(0, rows), self.filled)  # [N, D]
-        return self._add_up(y, weight, rows)
+        return self._add_up(y, self._weights[slot], rows)
 
-    def _add_up(self, y, weight, rows):
-        """What slots give, y [N, D] times weight [N], added to the rows that they read."""
+    def _add_up(self, y, weights, rows):
+        """The outputs y [N, D] of slots, times their weights, added to the rows that they read."""
         G, T = len(self.index), self.tokens
-        weighted = y * weight[:, None].to(y.dtype)
+        weighted = y * weights[:, None].to(y.dtype)
         return y.new_zeros(G * T, y.shape[-1]).index_add_(0, rows, weighted).unflatten(0, (G, T))
 
     def mass(self):
@@ -156,10 +149,7 @@ class HardRouting(Routing):
 
 
 def top(scores, k, dim):
-    """Indices of the k largest along dim, falling; among equals the lower index comes first.
-
-    torch.topk does not promise that order, a stable sort does.
-    """
+    """Indices of the k largest along dim, falling; of equals the lower first, unlike torch.topk."""
     if k == 1:
         return scores.argmax(dim, keepdim=True)
     return scores.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, k)
@@ -184,10 +174,10 @@ def sinkhorn_plan(logits, iterations=20):
 
         argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
 
-    logits [G, T, E] -> plan [G, T, E]. Tokens are scaled last: rows sum to 1 up to rounding (in
-    float32, of logits of size s, to about s * 1e-7). Columns are near T/E for logits a few units
-    apart, as a router's are; for logits a hundred apart some are off by half of that or more.
-    Differs: in the log domain, so that no logit overflows. Autograd runs through every iteration.
+    logits [G, T, E] -> plan [G, T, E]. Rows sum to 1 up to rounding (in float32, for logits of size
+    s, to about s * 1e-7). Columns are near T/E for logits a few units apart, as a router's are; a
+    hundred apart, some are off by half or more. Autograd runs through every iteration. Differs: in
+    the log domain, so that no logit overflows.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -198,10 +188,9 @@ def sinkhorn_plan(logits, iterations=20):
 
 
 def project(z, k):
-    """Each column z[g, :, e] of z [G, T, E], projected on the simplex with at most k non-zeros.
+    """Each column of z [G, T, E], over T, projected on the simplex with at most k non-zeros.
 
-    That keeps the k largest entries and takes one threshold off them, so that what stays above it
-    sums to 1. Of equals at the k-th place, the first ones are kept.
+    Its k largest entries, of equals the first, each give up one threshold: what is left sums to 1.
     """
     largest = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
     size = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
@@ -218,10 +207,10 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
 
         argmax_P  <P, gates> - |P|^2 / 2,  each column sums to `column`, each row to column * E/T
 
-    gates [G, T, E] -> plan [G, T, E]. column is T/E if None, so that a row sums to 1. Columns are
-    exact, rows approximate: alpha is a bonus for each row, and Adam lowers it where the row's sum
-    is too large. A group stops once the norm of these errors is at most 1e-3. Differs: the last
-    projection passes a gradient, as published none.
+    gates [G, T, E] -> plan [G, T, E]. column is T/E if None: a row sums to 1. Columns are exact,
+    rows approximate: Adam lowers alpha, a row's bonus, where its sum is too large. A group stops
+    once the norm of these errors is at most 1e-3. Differs: the last projection passes a gradient,
+    as published none.
     """
     G, T, E = gates.shape
     column = T / E if column is None else column
@@ -244,7 +233,7 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
 def importance_loss(logits, gates=None):
     """Squared coefficient of variation of the experts' summed gates (V-MoE 2106.05974, app. A).
 
-    logits [G, T, E], without noise; gates: a router's own probabilities, softmax(logits) if None.
+    logits [G, T, E] without noise; gates, softmax(logits) if None: a router's own probabilities.
     """
     gates = logits.softmax(-1) if gates is None else gates
     importance = gates.sum(1)  # [G, E]
@@ -252,11 +241,10 @@ def importance_loss(logits, gates=None):
 
 
 def load_loss(logits, noisy_logits, top_k, noise_std):
-    """Squared coefficient of variation of each expert's chance to be chosen under fresh noise.
+    """The same of each expert's chance to be chosen under fresh noise (V-MoE, appendix A).
 
-    logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]
-    (V-MoE, appendix A). Differs from 1701.06538, as the published code does: the threshold is the
-    K-th noisy logit of all experts.
+    logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E].
+    Differs from 1701.06538, as published: the threshold is the K-th noisy logit of all experts.
     """
     threshold = noisy_logits.gather(-1, top(noisy_logits, top_k, -1)[..., -1:])  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
@@ -315,10 +303,8 @@ class Router(nn.Module):
     their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
     writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
 
-    causal           True only if no token's routing can depend on later tokens, with this router's
-                     options. A causal router may still drop a token in a short prefix that it
-                     keeps in a longer text, since its capacity grows with T. Dropless, or with room
-                     for every token, it does not.
+    causal is True only if, with these options, no token's routing can depend on later tokens. Still
+    capacity grows with T: unless there is room for every token, a prefix may drop more if alone.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
@@ -326,8 +312,6 @@ class Router(nn.Module):
     noise_std        in training, normal noise of deviation noise_std / E on the logits
     router_weights   learned; frozen as they start; or random, drawn anew at each step
     gate             linear, or mlp with one hidden layer
-
-    Raises ValueError, naming rule and value, for a value against these rules.
     """
 
     chooses = "experts"
@@ -335,9 +319,8 @@ class Router(nn.Module):
     offers = ("z",)
     recipe = {}
     margin = 1  # slots for each assignment that is expected
-    defaults = dict(
-        top_k=1, capacity_factor=1.0, noise_std=0.0, router_weights="learned", gate="linear"
-    )
+    defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0)
+    defaults |= dict(router_weights="learned", gate="linear")
 
     def __init__(self, dim, num_experts, **options):
         super().__init__()
@@ -354,6 +337,7 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(num_experts))
 
     def check_options(self):
+        """ValueError, naming rule and value, for a value against its rule."""
         values = dict(dim=self.dim, num_experts=self.num_experts) | vars(self.options)
 
         def need(held, name, rule):
@@ -443,10 +427,7 @@ class Router(nn.Module):
         return plan(z.detach()), gates  # then no gradient passes the plan
 
     def capacity(self, tokens):
-        """Slots of an expert in a group of T tokens: C = ceil(margin*T*K*cf / E), at most T.
-
-        None where the router is dropless.
-        """
+        """C = ceil(margin*T*K*cf / E), at most T, for a group of T tokens; None if dropless."""
         o = self.options
         if o.capacity_factor is None:
             return None
@@ -455,7 +436,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update(self, routings, generator=None):
-        """Move what no gradient moves; call it once per optimiser step, with the step's routings.
+        """Move what no gradient moves; to be called once a step, with the step's routings.
 
         Nothing else changes a buffer. generator: the source of a random router's new weights.
         """
@@ -488,9 +469,8 @@ class TokenChoice(Router):
 
     chooses = "tokens"
     offers = ("importance", "load", "balance", "z")  # load needs noise
-    defaults = Router.defaults | dict(
-        priority="token", renormalize=False, bias_rate=0.0, balance_scope="group"
-    )
+    defaults = Router.defaults | dict(priority="token", renormalize=False)
+    defaults |= dict(bias_rate=0.0, balance_scope="group")
     recipe = dict(capacity_factor=None, balance="switch")
 
     @property
@@ -500,7 +480,8 @@ class TokenChoice(Router):
         return dropless or o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
 
     def route(self, x, key=None):
-        o, logits = self.options, self.logits(x)
+        o = self.options
+        logits = self.logits(x)
         noisy = self.add_noise(logits)
         decides, weighs = self.scores(logits, noisy)
         biased = decides + self.bias if o.bias_rate else decides
@@ -521,7 +502,7 @@ class TokenChoice(Router):
         return routing
 
     def seat(self, expert_index, weight, scores=None):
-        """Queue the T*K pairs (token, choice), expert_index and weight [G, T, K] -> Routing.
+        """Queue the T*K pairs (token, choice); expert_index, weight [G, T, K] -> Routing.
 
         scores [G, T, E] tell who is the surest, for priority="gate".
         """
@@ -568,8 +549,7 @@ class TokenChoice(Router):
 class SinkhornTokenChoice(TokenChoice):
     """Tokens choose by a Sinkhorn plan of the noisy logits (S-BASE, 2202.01169). Never causal.
 
-    combine_weights  the outputs are weighed by the softmax, or by the plan
-    iterations       of Sinkhorn's algorithm
+    combine_weights: "softmax" or "plan" weighs the outputs. iterations: of Sinkhorn's algorithm.
     """
 
     defaults = TokenChoice.defaults | dict(iterations=20, combine_weights="softmax")
@@ -584,9 +564,8 @@ class SinkhornTokenChoice(TokenChoice):
 class SparseTokenChoice(TokenChoice):
     """Tokens choose by a plan with at most K experts a token (2209.15466). Never causal, no noise.
 
-    combine_weights  the outputs are weighed by the softmax, or by the plan. At K = 1 a token's plan
-                     is 1 at its only expert, so that "plan" gives the router no gradient.
-    iterations       of the solver
+    Options: as SinkhornTokenChoice. At K = 1 a token's plan is 1 at its only expert, so that
+    combine_weights="plan" gives the router no gradient.
     """
 
     offers = ("importance", "balance", "z")
@@ -651,12 +630,10 @@ class Hash(TokenChoice):
             key = torch.arange(T, device=x.device).expand(G, T)
         if key.shape != (G, T):
             raise ValueError(f"key must be [G, T] = {[G, T]}, got {list(key.shape)}")
-        known = (key >= 0) & (key < len(self.table))
-        first = self.table[key.clamp(0, len(self.table) - 1)]
-        first = torch.where(known, first, key % E)  # [G, T]
+        known = key.clamp(0, len(self.table) - 1)  # the key itself, if it is in the table
+        first = torch.where(key == known, self.table[known], key % E)  # [G, T]
         expert_index = (first[..., None] + torch.arange(K, device=x.device)) % E  # [G, T, K]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight = torch.full((G, T, K), 1 / K, device=x.device, dtype=dtype)
+        weight = x.new_full((G, T, K), 1 / K, dtype=torch.promote_types(x.dtype, torch.float32))
         return self.seat(expert_index, weight)
 
 
@@ -675,15 +652,12 @@ class ExpertChoice(Router):
         index = top(decides, self.capacity(T), 1).mT  # [G, E, C]
         weight = weighs.mT.gather(2, index)
         load = logits.new_full((self.num_experts,), 1 / self.num_experts)
-        losses = {"z": z_loss(logits)}
-        notes = dict(logits=logits, gates=self.probabilities(logits))
-        return HardRouting(index, weight, T, load, losses, **notes)
+        gates, losses = self.probabilities(logits), {"z": z_loss(logits)}
+        return HardRouting(index, weight, T, load, losses, logits=logits, gates=gates)
 
 
 class SinkhornExpertChoice(ExpertChoice):
-    """Experts choose by a Sinkhorn plan of the noisy logits (2401.15969).
-
-    Options: see SinkhornTokenChoice."""
+    """Experts choose by a Sinkhorn plan of the noisy logits (2401.15969), with the same options."""
 
     defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
 
@@ -699,10 +673,9 @@ class SparseExpertChoice(ExpertChoice):
     del defaults["noise_std"]
 
     def scores(self, logits, noisy):
-        def plan(z):
-            return sparse_plan(z, self.capacity(z.shape[1]), self.options.iterations)
-
+        C = self.capacity(logits.shape[1])
         gates = logits.softmax(-1)
+        plan = functools.partial(sparse_plan, k=C, iterations=self.options.iterations)
         return self.by_plan(plan, gates, gates)
 
 
@@ -727,19 +700,18 @@ class ExpertThreshold(Router):
     def route(self, x, key=None):
         G, T, _ = x.shape
         logits = self.logits(x)
-        noisy = self.add_noise(logits)
-        gates = self.probabilities(noisy)
-        wants = gates >= self.threshold  # [G, T, E]
+        noisy_gates = self.probabilities(self.add_noise(logits))
+        wants = noisy_gates >= self.threshold  # [G, T, E]
         index = queue(wants, self.capacity(T))  # [G, E, C]
-        weight = F.pad(gates.mT, (0, 1)).gather(2, index)
-        share = 1 - self.options.top_k / self.num_experts
-        quantile = self.threshold  # for an empty batch
-        if G > 0:
-            quantile = gates.detach().quantile(share, dim=1).mean(0)  # [E]
+        weight = F.pad(noisy_gates.mT, (0, 1)).gather(2, index)
         load = wants.sum((0, 1)) / wants.sum().clamp(min=1)
-        losses = {"z": z_loss(logits)}
-        notes = dict(logits=logits, gates=self.probabilities(logits), quantile=quantile)
-        return HardRouting(index, weight, T, load, losses, **notes)
+        gates, losses = self.probabilities(logits), {"z": z_loss(logits)}
+        routing = HardRouting(index, weight, T, load, losses, logits=logits, gates=gates)
+        share = 1 - self.options.top_k / self.num_experts
+        routing.quantile = self.threshold  # for an empty batch
+        if G > 0:
+            routing.quantile = noisy_gates.detach().quantile(share, dim=1).mean(0)  # [E]
+        return routing
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -816,7 +788,7 @@ class Experts(nn.Module):
         self.b2 = stacked(num_experts, 1, dim, hidden, init)
 
     def expert(self, z, w1, b1, w2, b2):
-        """What each expert computes of its N vectors, z [E, N, D]; the same shape."""
+        """What each expert computes of its N vectors, z [E, N, D]; E is 1 for one expert alone."""
         return torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
 
     def forward(self, slots):
@@ -828,9 +800,9 @@ class Experts(nn.Module):
     def ragged(self, z, counts):
         """The same for z [N, D] sorted by expert, counts[e] rows of each: no empty slots."""
         outputs = []
-        by_expert = zip(*(parameter.split(1) for parameter in self.parameters()))
-        for rows, parameters in zip(z.split(counts), by_expert):
-            vectors = rows.reshape(1, -1, self.dim)  # an expert by itself
+        each = [parameter.split(1) for parameter in self.parameters()]
+        for rows, *parameters in zip(z.split(counts), *each):
+            vectors = rows.reshape(1, -1, self.dim)
             outputs.append(self.expert(vectors, *parameters).view_as(rows))
         return torch.cat(outputs)
 
@@ -888,10 +860,7 @@ class MoE(nn.Module):
 
 
 def build_router(name, dim, num_experts, **options):
-    """The router of that name for tokens of width dim.
-
-    Raises ValueError for an unknown name or option, and for a value against its rule.
-    """
+    """The router of that name, for tokens [G, T, dim]. ValueError for what is against a rule."""
     if name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
     return ROUTERS[name](dim, num_experts, **options)
