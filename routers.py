@@ -90,7 +90,7 @@ class HardRouting(Routing):
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
     filled  for a dropless routing, where C is the largest load and most slots are empty: how many
-            slots of each expert are filled, a list. Experts with ragged() compute only those.
+            slots of each expert all groups fill, a list. Experts with ragged() compute only those.
     """
 
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
@@ -175,9 +175,9 @@ def sinkhorn_plan(logits, iterations=20):
         argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
 
     logits [G, T, E] -> plan [G, T, E]. Rows sum to 1 up to rounding (in float32, for logits of size
-    s, to about s * 1e-7). Columns are near T/E for logits a few units apart, as a router's are; a
-    hundred apart, some are off by half or more. Autograd runs through every iteration. Differs: in
-    the log domain, so that no logit overflows.
+    s, to about s * 1e-7), since tokens are scaled last. Columns are near T/E for logits a few units
+    apart, as a router's are; for logits a hundred apart, some are off by half or more. Autograd
+    runs through every iteration. Differs: in the log domain, so that no logit overflows.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -190,7 +190,8 @@ def sinkhorn_plan(logits, iterations=20):
 def project(z, k):
     """Each column of z [G, T, E], over T, projected on the simplex with at most k non-zeros.
 
-    Its k largest entries, of equals the first, each give up one threshold: what is left sums to 1.
+    One threshold is taken off its k largest entries (of equals, the first): what stays above it
+    sums to 1.
     """
     largest = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
     size = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
@@ -241,10 +242,10 @@ def importance_loss(logits, gates=None):
 
 
 def load_loss(logits, noisy_logits, top_k, noise_std):
-    """The same of each expert's chance to be chosen under fresh noise (V-MoE, appendix A).
+    """Squared coefficient of variation of each expert's chance to be chosen under fresh noise.
 
-    logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E].
-    Differs from 1701.06538, as published: the threshold is the K-th noisy logit of all experts.
+    logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]
+    (V-MoE, app. A). Differs from 1701.06538, as published: the threshold is the K-th of all logits.
     """
     threshold = noisy_logits.gather(-1, top(noisy_logits, top_k, -1)[..., -1:])  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
@@ -303,8 +304,8 @@ class Router(nn.Module):
     their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
     writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
 
-    causal is True only if, with these options, no token's routing can depend on later tokens. Still
-    capacity grows with T: unless there is room for every token, a prefix may drop more if alone.
+    causal is True only if, with these options, no token's routing can depend on later tokens. Even
+    so a prefix may drop tokens that it keeps in a longer text, where C is larger; dropless, never.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
