@@ -503,10 +503,7 @@ class TokenChoice(Router):
         return routing
 
     def seat(self, expert_index, weight, scores=None):
-        """Queue the T*K pairs (token, choice); expert_index, weight [G, T, K] -> Routing.
-
-        scores [G, T, E] tell who is the surest, for priority="gate".
-        """
+        """Queue the T*K pairs of expert_index, weight [G, T, K]; scores [G, T, E] say who is surest."""
         G, T, K = expert_index.shape
         device = expert_index.device
         token = torch.arange(T, device=device).expand(G, T)
@@ -532,10 +529,9 @@ class TokenChoice(Router):
             return C, None
         if torch.compiler.is_compiling():
             return tokens, None  # a compiled graph knows no loads: room for every token
-        load = wants.sum(1)  # [G, E]
-        largest = load.amax(0) if len(load) else load.sum(0)
-        filled, largest = torch.stack([load.sum(0), largest]).tolist()  # waits for the device
-        return max(1, *largest), filled
+        load = wants.sum(1).cpu()  # [G, E]; waits for the device
+        longest = int(load.max()) if len(load) else 1
+        return longest, load.sum(0).tolist()
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -830,10 +826,9 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x, key=None, routing=None):
-        """x [G, T, D], key [G, T] or None -> y like x, and its Routing.
+        """x [G, T, D], key [G, T] or None -> y like x, and its Routing, the given one if any.
 
-        A given routing is used. Then x may be [G, T, n*D], n vectors side by side: so moe_tokens.py
-        routes a whole sequence of n tokens as one.
+        With one given, x may be [G, T, n*D]: moe_tokens.py routes a sequence of n tokens as one.
         """
         self.check_type(x)
         if routing is None:
