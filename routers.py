@@ -503,7 +503,7 @@ class TokenChoice(Router):
         return routing
 
     def seat(self, expert_index, weight, scores=None):
-        """Queue the T*K pairs of expert_index, weight [G, T, K]; scores [G, T, E] say who is surest."""
+        """Queue the pairs of expert_index, weight [G, T, K]; scores [G, T, E] say who is surest."""
         G, T, K = expert_index.shape
         device = expert_index.device
         token = torch.arange(T, device=device).expand(G, T)
