@@ -46,7 +46,7 @@ from torch import nn
 
 # ---------------------------------------------------------------- the formulation
 class Routing:
-    """What a router decided: the tensors dispatch and combine, both [G, T, E, C], and
+    """What a router decided: the tensors dispatch and combine, both [G, T, E, C], and beside them:
 
     load    [E], the share of all assignments that each expert received, before drops
     losses  {name: scalar}, not yet weighted
@@ -96,8 +96,8 @@ class HardRouting(Routing):
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # Every slot's weight and the row of x.flatten(0, 1) that it reads, ordered [E, G, C], so
-        # that one batched product over E needs no copy. An empty slot reads any row, with weight 0.
+        # Each slot's weight and the row of x.flatten(0, 1) that it reads, ordered [E, G, C]: so one
+        # batched product over E needs no copy. An empty one reads its group's last token, weight 0.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
         self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
@@ -156,11 +156,9 @@ def top(scores, k, dim):
 
 
 def queue(wants, capacity):
-    """N candidates stand in line; each expert takes the first C that want it.
+    """wants [G, N, E] -> [G, E, C]: who of the N in line sits in each slot, N where nobody does.
 
-    wants [G, N, E], bool; capacity C -> [G, E, C], the candidate in each slot, N where it is empty:
-
-        dispatch[g,n,e,c] = 1  where wants[g,n,e] and n is the c-th in line for e
+    dispatch[g,n,e,c] = 1  where wants[g,n,e] and n is the c-th in line for e
     """
     count = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
     nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
@@ -174,10 +172,10 @@ def sinkhorn_plan(logits, iterations=20):
 
         argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
 
-    logits [G, T, E] -> plan [G, T, E]. Rows sum to 1 up to rounding (in float32, for logits of size
-    s, to about s * 1e-7), since tokens are scaled last. Columns are near T/E for logits a few units
-    apart, as a router's are; for logits a hundred apart, some are off by half or more. Autograd
-    runs through every iteration. Differs: in the log domain, so that no logit overflows.
+    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1 up to rounding (float32 logits
+    of size s: about s * 1e-7). Columns are near T/E for logits a few units apart, as a router's
+    are; a hundred apart, some are off by half or more. Autograd runs through every iteration.
+    Differs: in the log domain, so that no logit overflows.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -190,8 +188,7 @@ def sinkhorn_plan(logits, iterations=20):
 def project(z, k):
     """Each column of z [G, T, E], over T, projected on the simplex with at most k non-zeros.
 
-    One threshold is taken off its k largest entries (of equals, the first): what stays above it
-    sums to 1.
+    One threshold comes off its k largest entries (of equals, the first): what is above sums to 1.
     """
     largest = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
     size = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
@@ -208,10 +205,9 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
 
         argmax_P  <P, gates> - |P|^2 / 2,  each column sums to `column`, each row to column * E/T
 
-    gates [G, T, E] -> plan [G, T, E]. column is T/E if None: a row sums to 1. Columns are exact,
-    rows approximate: Adam lowers alpha, a row's bonus, where its sum is too large. A group stops
-    once the norm of these errors is at most 1e-3. Differs: the last projection passes a gradient,
-    as published none.
+    gates [G, T, E] -> plan [G, T, E]. column is T/E if None. Columns are exact, rows approximate:
+    Adam lowers alpha, a row's bonus, where its sum is too large. A group stops once the norm of
+    these errors is at most 1e-3. Differs: the last projection passes a gradient, as published none.
     """
     G, T, E = gates.shape
     column = T / E if column is None else column
@@ -437,10 +433,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update(self, routings, generator=None):
-        """Move what no gradient moves; to be called once a step, with the step's routings.
-
-        Nothing else changes a buffer. generator: the source of a random router's new weights.
-        """
+        """Move what no gradient moves, once a step, by the step's routings. Nothing else does."""
         if getattr(self.options, "router_weights", None) == "random":
             self.redraw(self.random_gate, generator)
 
