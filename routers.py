@@ -46,34 +46,30 @@ from torch import nn
 
 # ---------------------------------------------------------------- the formulation
 class Routing:
-    """What a router decided.
+    """What a router decided: the tensors dispatch and combine, both [G, T, E, C], and beside them:
 
-    dispatch, combine  the two tensors, [G, T, E, C]
-    load               [E], the share of all assignments that each expert received, before drops
-    losses             {name: scalar}, not yet weighted
-    notes              whatever else is worth keeping (logits, gates, ...), as attributes
+    load    [E], the share of all assignments that each expert received, before drops
+    losses  {name: scalar}, not yet weighted
+    notes   whatever else is worth keeping (logits, gates, ...), as attributes
     """
 
     def __init__(self, dispatch, combine, load, losses=None, **notes):
-        self._tensors = dispatch, combine
+        self._dispatch, self._combine = dispatch, combine
         self.load = load
         self.losses = losses or {}
-        for name, value in notes.items():
-            setattr(self, name, value)
+        vars(self).update(notes)
 
     def tensors(self):
-        """dispatch and combine, both [G, T, E, C]."""
-        return self._tensors
+        """The definition: dispatch and combine, both [G, T, E, C]."""
+        return self._dispatch, self._combine
 
     def dispatch(self, x):
         """Tokens x [G, T, D] -> slots [G, E, C, D]: the first equation."""
-        dispatch, _ = self.tensors()
-        return torch.einsum("gtec,gtd->gecd", dispatch.to(x.dtype), x)
+        return torch.einsum("gtec,gtd->gecd", self._dispatch.to(x.dtype), x)
 
     def combine(self, y):
         """The experts' outputs y [G, E, C, D] -> tokens [G, T, D]: the second equation."""
-        _, combine = self.tensors()
-        return torch.einsum("gtec,gecd->gtd", combine.to(y.dtype), y)
+        return torch.einsum("gtec,gecd->gtd", self._combine.to(y.dtype), y)
 
     def run(self, x, experts):
         """Both equations, with the experts at work between them: x [G, T, D] -> y [G, T, D]."""
@@ -81,13 +77,11 @@ class Routing:
 
     def mass(self):
         """The weight that each token gives each expert, [G, T, E]."""
-        _, combine = self.tensors()
-        return combine.sum(-1)
+        return self._combine.sum(-1)
 
     def counts(self):
         """In how many slots each token sits, [G, T]; 0 means dropped. Soft: in all of them."""
-        dispatch, _ = self.tensors()
-        return (dispatch != 0).sum((2, 3))
+        return (self._dispatch != 0).sum((2, 3))
 
 
 class HardRouting(Routing):
@@ -96,18 +90,17 @@ class HardRouting(Routing):
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
     filled  for a dropless routing, where C is the largest load and most slots are empty: how many
-            slots of each expert are filled in all groups, a list of E numbers. Experts that have
-            ragged() then compute only those.
+            slots of each expert all groups fill, a list. Experts with ragged() compute only those.
     """
 
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # The row of x.flatten(0, 1) that each slot reads, ordered [E, G, C] so that one batched
-        # product over E needs no copy. An empty slot reads its group's last token, with weight 0.
+        # Each slot's weight and the row of x.flatten(0, 1) that it reads, ordered [E, G, C]: so one
+        # batched product over E needs no copy. An empty one reads its group's last token, weight 0.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
-        self._rows = rows.transpose(0, 1).flatten()
+        self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
 
     def tensors(self):
         dispatch = F.one_hot(self.index, self.tokens + 1)[..., :-1]  # [G, E, C, T]
@@ -125,11 +118,7 @@ class HardRouting(Routing):
         return self.gather(x).masked_fill(empty[..., None], 0)
 
     def combine(self, y):
-        G, E, C, D = y.shape
-        weight = self.weight.to(y.dtype)[..., None]
-        weighted = (y.transpose(0, 1) * weight.transpose(0, 1)).reshape(-1, D)  # [E*G*C, D]
-        summed = y.new_zeros(G * self.tokens, D).index_add_(0, self._rows, weighted)
-        return summed.view(G, self.tokens, D)
+        return self._add_up(y.transpose(0, 1).flatten(0, 2), self._weights, self._rows)
 
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
@@ -139,8 +128,13 @@ class HardRouting(Routing):
         slot = seated.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
         rows = self._rows[slot]
         y = experts.ragged(x.flatten(0, 1).index_select(0, rows), self.filled)  # [N, D]
-        weighted = y * self.weight.transpose(0, 1).reshape(-1, 1)[slot].to(y.dtype)
-        return y.new_zeros(x.shape).flatten(0, 1).index_add_(0, rows, weighted).view_as(x)
+        return self._add_up(y, self._weights[slot], rows)
+
+    def _add_up(self, y, weights, rows):
+        """The outputs y [N, D] of slots, times their weights, added to the rows that they read."""
+        G, T = len(self.index), self.tokens
+        weighted = y * weights[:, None].to(y.dtype)
+        return y.new_zeros(G * T, y.shape[-1]).index_add_(0, rows, weighted).unflatten(0, (G, T))
 
     def mass(self):
         return self._by_token(self.weight)
@@ -155,21 +149,16 @@ class HardRouting(Routing):
 
 
 def top(scores, k, dim):
-    """Indices of the k largest along dim, falling; among equals the lower index comes first.
-
-    torch.topk does not promise that order, a stable sort does.
-    """
+    """Indices of the k largest along dim, falling; of equals the lower first, unlike torch.topk."""
     if k == 1:
         return scores.argmax(dim, keepdim=True)
     return scores.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, k)
 
 
 def queue(wants, capacity):
-    """N candidates stand in line; each expert takes the first C that want it.
+    """wants [G, N, E] -> [G, E, C]: who of the N in line sits in each slot, N where nobody does.
 
-    wants [G, N, E], bool; capacity C -> [G, E, C], the candidate in each slot, N where it is empty:
-
-        dispatch[g,n,e,c] = 1  where wants[g,n,e] and n is the c-th in line for e
+    dispatch[g,n,e,c] = 1  where wants[g,n,e] and n is the c-th in line for e
     """
     count = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
     nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
@@ -183,10 +172,10 @@ def sinkhorn_plan(logits, iterations=20):
 
         argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
 
-    logits [G, T, E] -> plan [G, T, E]. Tokens are scaled last: rows sum to 1 up to rounding (in
-    float32, of logits of size s, to about s * 1e-7). Columns are near T/E for logits a few units
-    apart, as a router's are; for logits a hundred apart some are off by half of that or more.
-    Differs: in the log domain, so that no logit overflows. Autograd runs through every iteration.
+    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1 up to rounding (float32 logits
+    of size s: about s * 1e-7). Columns are near T/E for logits a few units apart, as a router's
+    are; a hundred apart, some are off by half or more. Autograd runs through every iteration.
+    Differs: in the log domain, so that no logit overflows.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -197,10 +186,9 @@ def sinkhorn_plan(logits, iterations=20):
 
 
 def project(z, k):
-    """Each column z[g, :, e] of z [G, T, E], projected on the simplex with at most k non-zeros.
+    """Each column of z [G, T, E], over T, projected on the simplex with at most k non-zeros.
 
-    That keeps the k largest entries and takes one threshold off them, so that what stays above it
-    sums to 1. Of equals at the k-th place, the first ones are kept.
+    One threshold comes off its k largest entries (of equals, the first): what is above sums to 1.
     """
     largest = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
     size = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
@@ -217,10 +205,9 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
 
         argmax_P  <P, gates> - |P|^2 / 2,  each column sums to `column`, each row to column * E/T
 
-    gates [G, T, E] -> plan [G, T, E]. column is T/E if None, so that a row sums to 1. Columns are
-    exact, rows approximate: alpha is a bonus for each row, and Adam lowers it where the row's sum
-    is too large. A group stops once the norm of these errors is at most 1e-3. Differs: the last
-    projection passes a gradient, as published none.
+    gates [G, T, E] -> plan [G, T, E]. column is T/E if None. Columns are exact, rows approximate:
+    Adam lowers alpha, a row's bonus, where its sum is too large. A group stops once the norm of
+    these errors is at most 1e-3. Differs: the last projection passes a gradient, as published none.
     """
     G, T, E = gates.shape
     column = T / E if column is None else column
@@ -243,7 +230,7 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
 def importance_loss(logits, gates=None):
     """Squared coefficient of variation of the experts' summed gates (V-MoE 2106.05974, app. A).
 
-    logits [G, T, E], without noise; gates: a router's own probabilities, softmax(logits) if None.
+    logits [G, T, E] without noise; gates, softmax(logits) if None: a router's own probabilities.
     """
     gates = logits.softmax(-1) if gates is None else gates
     importance = gates.sum(1)  # [G, E]
@@ -254,8 +241,7 @@ def load_loss(logits, noisy_logits, top_k, noise_std):
     """Squared coefficient of variation of each expert's chance to be chosen under fresh noise.
 
     logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]
-    (V-MoE, appendix A). Differs from 1701.06538, as the published code does: the threshold is the
-    K-th noisy logit of all experts.
+    (V-MoE, app. A). Differs from 1701.06538, as published: the threshold is the K-th of all logits.
     """
     threshold = noisy_logits.gather(-1, top(noisy_logits, top_k, -1)[..., -1:])  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
@@ -307,11 +293,6 @@ def mean_over_processes(value):
     return value
 
 
-def need(held, rule, name, value):
-    if not held:
-        raise ValueError(f"{rule}, got {name}={value!r}")
-
-
 class Router(nn.Module):
     """What all routers share: options and their rules, the gate, the capacity.
 
@@ -319,10 +300,8 @@ class Router(nn.Module):
     their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
     writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
 
-    causal           True only if no token's routing can depend on later tokens, with this router's
-                     options. A causal router may still drop a token in a short prefix that it
-                     keeps in a longer text, since its capacity grows with T. Dropless, or with room
-                     for every token, it does not.
+    causal is True only if, with these options, no token's routing can depend on later tokens. Even
+    so a prefix may drop tokens that it keeps in a longer text, where C is larger; dropless, never.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
@@ -330,8 +309,6 @@ class Router(nn.Module):
     noise_std        in training, normal noise of deviation noise_std / E on the logits
     router_weights   learned; frozen as they start; or random, drawn anew at each step
     gate             linear, or mlp with one hidden layer
-
-    Raises ValueError, naming rule and value, for a value against these rules.
     """
 
     chooses = "experts"
@@ -339,9 +316,8 @@ class Router(nn.Module):
     offers = ("z",)
     recipe = {}
     margin = 1  # slots for each assignment that is expected
-    defaults = dict(
-        top_k=1, capacity_factor=1.0, noise_std=0.0, router_weights="learned", gate="linear"
-    )
+    defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0)
+    defaults |= dict(router_weights="learned", gate="linear")
 
     def __init__(self, dim, num_experts, **options):
         super().__init__()
@@ -358,32 +334,35 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(num_experts))
 
     def check_options(self):
+        """ValueError, naming rule and value, for a value against its rule."""
         values = dict(dim=self.dim, num_experts=self.num_experts) | vars(self.options)
+
+        def need(held, name, rule):
+            if not held:
+                raise ValueError(f"{rule}, got {name}={values[name]!r}")
+
         for name, value in values.items():
             if name in CHOICES:
-                rule = f"{name} must be one of {', '.join(CHOICES[name])}"
-                need(value in CHOICES[name], rule, name, value)
+                held = value in CHOICES[name]
+                need(held, name, f"{name} must be one of {', '.join(CHOICES[name])}")
             if name in WHOLE and not (value is None and name in ("slots", "tokens")):
-                whole = type(value) is int and value >= 1
-                need(whole, f"{name} must be a whole number >= 1", name, value)
+                held = type(value) is int and value >= 1
+                need(held, name, f"{name} must be a whole number >= 1")
             if name in RANGES:
-                number = type(value) in (int, float) and 0 <= value <= RANGES[name]
-                need(number, f"{name} must be a number >= 0, at most {RANGES[name]:g}", name, value)
-        self.check_budget(values)
-
-    def check_budget(self, values):
+                held = type(value) in (int, float) and 0 <= value <= RANGES[name]
+                need(held, name, f"{name} must be a number >= 0, at most {RANGES[name]:g}")
         E, K, factor = self.num_experts, values["top_k"], values["capacity_factor"]
-        need(K <= E, f"top_k must be at most num_experts={E}", "top_k", K)
-        number = type(factor) in (int, float) and 0 < factor < math.inf
-        positive = "capacity_factor must be a positive number"
-        need(factor is None or number, positive, "capacity_factor", factor)
-        rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
-        need(factor is not None or self.chooses == "tokens", rule, "capacity_factor", factor)
+        need(K <= E, "top_k", f"top_k must be at most num_experts={E}")
+        if factor is None:
+            rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
+            need(self.chooses == "tokens", "capacity_factor", rule)
+        else:
+            held = type(factor) in (int, float) and 0 < factor < math.inf
+            need(held, "capacity_factor", "capacity_factor must be a positive number")
         if values.get("renormalize"):
-            rule = "renormalize needs top_k >= 2 (the only gate would always be 1)"
-            need(K > 1, rule, "top_k", K)
+            need(K > 1, "top_k", "renormalize needs top_k >= 2 (the only gate would always be 1)")
         tiny = 0 < values.get("noise_std", 0) < 1e-6
-        need(not tiny, "noise_std must be 0 or at least 1e-6", "noise_std", values.get("noise_std"))
+        need(not tiny, "noise_std", "noise_std must be 0 or at least 1e-6")
 
     def make_gate(self):
         self.gate = nn.Linear(self.dim, self.num_experts, bias=False)
@@ -414,14 +393,12 @@ class Router(nn.Module):
         """Logits [G, T, E] of tokens x [G, T, D], in float32 at least; without noise."""
         random = self.options.router_weights == "random" and self.training
         gate = self.random_gate if random else self.gate
+        *hidden, last = gate.parameters()
         with torch.autocast(x.device.type, enabled=False):
             z = x.to(torch.promote_types(x.dtype, torch.float32))
-            for part in gate if isinstance(gate, nn.Sequential) else [gate]:
-                if isinstance(part, nn.Linear):
-                    z = F.linear(z, part.weight.to(z.dtype))  # part(z) would not cast its weight
-                else:
-                    z = part(z)
-            return z
+            for weight in hidden:  # none in a linear gate
+                z = F.gelu(F.linear(z, weight.to(z.dtype)))
+            return F.linear(z, last.to(z.dtype))  # gate(x) would not cast its weights
 
     def add_noise(self, logits):
         """In training, logits with noise of deviation noise_std / E; else the logits themselves."""
@@ -447,10 +424,7 @@ class Router(nn.Module):
         return plan(z.detach()), gates  # then no gradient passes the plan
 
     def capacity(self, tokens):
-        """Slots of an expert in a group of T tokens: C = ceil(margin*T*K*cf / E), at most T.
-
-        None where the router is dropless.
-        """
+        """C = ceil(margin*T*K*cf / E), at most T, for a group of T tokens; None if dropless."""
         o = self.options
         if o.capacity_factor is None:
             return None
@@ -459,10 +433,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update(self, routings, generator=None):
-        """Move what no gradient moves; call it once per optimiser step, with the step's routings.
-
-        Nothing else changes a buffer. generator: the source of a random router's new weights.
-        """
+        """Move what no gradient moves, once a step, by the step's routings. Nothing else does."""
         if getattr(self.options, "router_weights", None) == "random":
             self.redraw(self.random_gate, generator)
 
@@ -470,9 +441,8 @@ class Router(nn.Module):
         """What .to() and .half() call. Buffers moved in small steps stay float32 at least."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name in ("bias", "threshold"):
-            after = self._buffers.get(name)
-            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+        for name, after in self.named_buffers(recurse=False):
+            if after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before[name].to(after.device, torch.float32)
         return self
 
@@ -493,9 +463,8 @@ class TokenChoice(Router):
 
     chooses = "tokens"
     offers = ("importance", "load", "balance", "z")  # load needs noise
-    defaults = Router.defaults | dict(
-        priority="token", renormalize=False, bias_rate=0.0, balance_scope="group"
-    )
+    defaults = Router.defaults | dict(priority="token", renormalize=False)
+    defaults |= dict(bias_rate=0.0, balance_scope="group")
     recipe = dict(capacity_factor=None, balance="switch")
 
     @property
@@ -505,39 +474,29 @@ class TokenChoice(Router):
         return dropless or o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
 
     def route(self, x, key=None):
+        o = self.options
         logits = self.logits(x)
         noisy = self.add_noise(logits)
         decides, weighs = self.scores(logits, noisy)
-        biased = decides + self.bias if self.options.bias_rate else decides
-        expert_index = top(biased, self.options.top_k, -1)  # [G, T, K]
-        weight = self.normalize(weighs.gather(-1, expert_index))
+        biased = decides + self.bias if o.bias_rate else decides
+        expert_index = top(biased, o.top_k, -1)  # [G, T, K]
+        weight = weighs.gather(-1, expert_index)
+        if getattr(o, "renormalize", o.top_k > 1):  # sigmoid has no such option
+            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
         routing = self.seat(expert_index, weight, decides)
         routing.logits, routing.gates = logits, self.probabilities(logits)
-        routing.losses = self.balance(routing, noisy)
-        return routing
-
-    def normalize(self, weight):
-        """The weights [G, T, K] of a token's K choices, over their sum if the options say so."""
-        if getattr(self.options, "renormalize", self.options.top_k > 1):  # sigmoid has no option
-            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
-        return weight
-
-    def balance(self, routing, noisy):
-        logits, gates, o = routing.logits, routing.gates, self.options
-        losses = {
-            "importance": importance_loss(logits, gates),
-            "balance": balance_loss(logits, routing.expert_index, gates, o.balance_scope),
+        routing.losses = {
+            "importance": importance_loss(logits, routing.gates),
+            "balance": balance_loss(logits, expert_index, routing.gates, o.balance_scope),
             "z": z_loss(logits),
         }
         if noisy is not logits:  # there was noise
-            losses["load"] = load_loss(logits, noisy, o.top_k, o.noise_std / self.num_experts)
-        return losses
+            noise_std = o.noise_std / self.num_experts
+            routing.losses["load"] = load_loss(logits, noisy, o.top_k, noise_std)
+        return routing
 
     def seat(self, expert_index, weight, scores=None):
-        """Queue the T*K pairs (token, choice), expert_index and weight [G, T, K] -> Routing.
-
-        scores [G, T, E] tell who is the surest, for priority="gate".
-        """
+        """Queue the pairs of expert_index, weight [G, T, K]; scores [G, T, E] say who is surest."""
         G, T, K = expert_index.shape
         device = expert_index.device
         token = torch.arange(T, device=device).expand(G, T)
@@ -563,10 +522,9 @@ class TokenChoice(Router):
             return C, None
         if torch.compiler.is_compiling():
             return tokens, None  # a compiled graph knows no loads: room for every token
-        load = wants.sum(1)  # [G, E]
-        largest = load.amax(0) if len(load) else load.sum(0)
-        filled, largest = torch.stack([load.sum(0), largest]).tolist()  # waits for the device
-        return max(1, *largest), filled
+        load = wants.sum(1).cpu()  # [G, E]; waits for the device
+        longest = int(load.max()) if len(load) else 1
+        return longest, load.sum(0).tolist()
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -581,8 +539,7 @@ class TokenChoice(Router):
 class SinkhornTokenChoice(TokenChoice):
     """Tokens choose by a Sinkhorn plan of the noisy logits (S-BASE, 2202.01169). Never causal.
 
-    combine_weights  the outputs are weighed by the softmax, or by the plan
-    iterations       of Sinkhorn's algorithm
+    combine_weights: "softmax" or "plan" weighs the outputs. iterations: of Sinkhorn's algorithm.
     """
 
     defaults = TokenChoice.defaults | dict(iterations=20, combine_weights="softmax")
@@ -590,18 +547,15 @@ class SinkhornTokenChoice(TokenChoice):
     causal = False  # a plan balances over all tokens
 
     def scores(self, logits, noisy):
-        def plan(z):
-            return sinkhorn_plan(z, self.options.iterations)
-
+        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
         return self.by_plan(plan, noisy, logits.softmax(-1))  # gates without noise, as published
 
 
 class SparseTokenChoice(TokenChoice):
     """Tokens choose by a plan with at most K experts a token (2209.15466). Never causal, no noise.
 
-    combine_weights  the outputs are weighed by the softmax, or by the plan. At K = 1 a token's plan
-                     is 1 at its only expert, so that "plan" gives the router no gradient.
-    iterations       of the solver
+    Options: as SinkhornTokenChoice. At K = 1 a token's plan is 1 at its only expert, so that
+    combine_weights="plan" gives the router no gradient.
     """
 
     offers = ("importance", "balance", "z")
@@ -666,12 +620,10 @@ class Hash(TokenChoice):
             key = torch.arange(T, device=x.device).expand(G, T)
         if key.shape != (G, T):
             raise ValueError(f"key must be [G, T] = {[G, T]}, got {list(key.shape)}")
-        known = (key >= 0) & (key < len(self.table))
-        first = self.table[key.clamp(0, len(self.table) - 1)]
-        first = torch.where(known, first, key % E)  # [G, T]
+        known = key.clamp(0, len(self.table) - 1)  # the key itself, if it is in the table
+        first = torch.where(key == known, self.table[known], key % E)  # [G, T]
         expert_index = (first[..., None] + torch.arange(K, device=x.device)) % E  # [G, T, K]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight = torch.full((G, T, K), 1 / K, device=x.device, dtype=dtype)
+        weight = x.new_full((G, T, K), 1 / K, dtype=torch.promote_types(x.dtype, torch.float32))
         return self.seat(expert_index, weight)
 
 
@@ -690,22 +642,17 @@ class ExpertChoice(Router):
         index = top(decides, self.capacity(T), 1).mT  # [G, E, C]
         weight = weighs.mT.gather(2, index)
         load = logits.new_full((self.num_experts,), 1 / self.num_experts)
-        losses = {"z": z_loss(logits)}
-        notes = dict(logits=logits, gates=self.probabilities(logits))
-        return HardRouting(index, weight, T, load, losses, **notes)
+        gates, losses = self.probabilities(logits), {"z": z_loss(logits)}
+        return HardRouting(index, weight, T, load, losses, logits=logits, gates=gates)
 
 
 class SinkhornExpertChoice(ExpertChoice):
-    """Experts choose by a Sinkhorn plan of the noisy logits (2401.15969).
-
-    Options: see SinkhornTokenChoice."""
+    """Experts choose by a Sinkhorn plan of the noisy logits (2401.15969), with the same options."""
 
     defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
 
     def scores(self, logits, noisy):
-        def plan(z):
-            return sinkhorn_plan(z, self.options.iterations)
-
+        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
         return self.by_plan(plan, noisy, noisy.softmax(-1))  # gates with noise, as published
 
 
@@ -716,10 +663,9 @@ class SparseExpertChoice(ExpertChoice):
     del defaults["noise_std"]
 
     def scores(self, logits, noisy):
-        def plan(z):
-            return sparse_plan(z, self.capacity(z.shape[1]), self.options.iterations)
-
+        C = self.capacity(logits.shape[1])
         gates = logits.softmax(-1)
+        plan = functools.partial(sparse_plan, k=C, iterations=self.options.iterations)
         return self.by_plan(plan, gates, gates)
 
 
@@ -744,19 +690,18 @@ class ExpertThreshold(Router):
     def route(self, x, key=None):
         G, T, _ = x.shape
         logits = self.logits(x)
-        noisy = self.add_noise(logits)
-        gates = self.probabilities(noisy)
-        wants = gates >= self.threshold  # [G, T, E]
+        noisy_gates = self.probabilities(self.add_noise(logits))
+        wants = noisy_gates >= self.threshold  # [G, T, E]
         index = queue(wants, self.capacity(T))  # [G, E, C]
-        weight = F.pad(gates.mT, (0, 1)).gather(2, index)
-        share = 1 - self.options.top_k / self.num_experts
-        quantile = self.threshold  # for an empty batch
-        if G > 0:
-            quantile = gates.detach().quantile(share, dim=1).mean(0)  # [E]
+        weight = F.pad(noisy_gates.mT, (0, 1)).gather(2, index)
         load = wants.sum((0, 1)) / wants.sum().clamp(min=1)
-        losses = {"z": z_loss(logits)}
-        notes = dict(logits=logits, gates=self.probabilities(logits), quantile=quantile)
-        return HardRouting(index, weight, T, load, losses, **notes)
+        gates, losses = self.probabilities(logits), {"z": z_loss(logits)}
+        routing = HardRouting(index, weight, T, load, losses, logits=logits, gates=gates)
+        share = 1 - self.options.top_k / self.num_experts
+        routing.quantile = self.threshold  # for an empty batch
+        if G > 0:
+            routing.quantile = noisy_gates.detach().quantile(share, dim=1).mean(0)  # [E]
+        return routing
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -785,8 +730,9 @@ class Soft(Router):
         super().__init__(dim, num_experts, **options)
         o = self.options
         if o.slots is None:
-            rule = "soft needs slots, or the tokens of a group to count them from"
-            need(o.tokens is not None, rule, "slots", o.slots)
+            if o.tokens is None:
+                rule = "soft needs slots, or the tokens of a group to count them from"
+                raise ValueError(f"{rule}, got slots=None")
             wanted = o.tokens * o.top_k * o.capacity_factor / num_experts
             o.slots = max(1, round(min(wanted, 2.0**31)))
         self.phi = nn.Parameter(torch.empty(dim, num_experts, o.slots))
@@ -832,31 +778,23 @@ class Experts(nn.Module):
         self.b2 = stacked(num_experts, 1, dim, hidden, init)
 
     def expert(self, z, w1, b1, w2, b2):
-        """What one expert computes of z [N, D], or all of them of z [E, N, D]; the same shape."""
-        return affine(F.gelu(affine(z, w1, b1)), w2, b2)
+        """What each expert computes of its N vectors, z [E, N, D]; E is 1 for one expert alone."""
+        return torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
 
     def forward(self, slots):
         """slots [G, E, C, D] -> [G, E, C, D]; or n*D wide: n vectors in a slot, each on its own."""
         G, E, C, width = slots.shape
-        vectors = G * C * width // self.dim
-        z = slots.transpose(0, 1).reshape(E, vectors, self.dim)
+        z = slots.transpose(0, 1).reshape(E, -1, self.dim)
         return self.expert(z, *self.parameters()).view(E, G, C, width).transpose(0, 1)
 
     def ragged(self, z, counts):
         """The same for z [N, D] sorted by expert, counts[e] rows of each: no empty slots."""
         outputs = []
-        by_expert = zip(*(parameter.unbind() for parameter in self.parameters()))
-        for rows, parameters in zip(z.split(counts), by_expert):
-            vectors = rows.reshape(rows.numel() // self.dim, self.dim)
+        each = [parameter.split(1) for parameter in self.parameters()]
+        for rows, *parameters in zip(z.split(counts), *each):
+            vectors = rows.reshape(1, -1, self.dim)
             outputs.append(self.expert(vectors, *parameters).view_as(rows))
         return torch.cat(outputs)
-
-
-def affine(z, weight, bias):
-    """z weight + bias as one product: of one expert, or of all as one batch."""
-    if z.ndim == 2:
-        return torch.addmm(bias, z, weight)
-    return torch.baddbmm(bias, z, weight)
 
 
 def stacked(num_experts, rows, columns, fan_in, init="independent"):
@@ -881,10 +819,9 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x, key=None, routing=None):
-        """x [G, T, D], key [G, T] or None -> y like x, and its Routing.
+        """x [G, T, D], key [G, T] or None -> y like x, and its Routing, the given one if any.
 
-        A given routing is used. Then x may be [G, T, n*D], n vectors side by side: so moe_tokens.py
-        routes a whole sequence of n tokens as one.
+        With one given, x may be [G, T, n*D]: moe_tokens.py routes a sequence of n tokens as one.
         """
         self.check_type(x)
         if routing is None:
@@ -898,10 +835,8 @@ class MoE(nn.Module):
     def check_type(self, x):
         for weight in self.experts.parameters():
             if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise ValueError(
-                    f"tokens and experts must be of one type outside autocast, "
-                    f"got tokens of {x.dtype} and experts of {weight.dtype}"
-                )
+                rule = "tokens and experts must be of one type outside autocast"
+                raise ValueError(f"{rule}, got tokens of {x.dtype} and experts of {weight.dtype}")
 
     def no_decay(self):
         """The names of the parameters that weight decay should spare: the router, all biases."""
@@ -914,10 +849,7 @@ class MoE(nn.Module):
 
 
 def build_router(name, dim, num_experts, **options):
-    """The router of that name for tokens of width dim.
-
-    Raises ValueError for an unknown name or option, and for a value against its rule.
-    """
+    """The router of that name, for tokens [G, T, dim]. ValueError for what is against a rule."""
     if name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
     return ROUTERS[name](dim, num_experts, **options)
