@@ -241,7 +241,8 @@ def load_loss(logits, noisy_logits, top_k, noise_std):
     """Squared coefficient of variation of each expert's chance to be chosen under fresh noise.
 
     logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]
-    (V-MoE, app. A). Differs from 1701.06538, as published: the threshold is the K-th of all logits.
+    (V-MoE, app. A). Differs from 1701.06538, as the published code does: the threshold is the K-th
+    noisy logit of all experts.
     """
     threshold = noisy_logits.gather(-1, top(noisy_logits, top_k, -1)[..., -1:])  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
