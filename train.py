@@ -215,9 +215,7 @@ def filled(said):
     if kind:
         values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
-        values["balance"] = (
-            "none"  # such a gate learns nothing, so there is nothing to balance with
-        )
+        values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     return SimpleNamespace(**(values | said))
 
 
@@ -233,20 +231,20 @@ def unused(said):
     settings = filled(said)
     found = {}  # reasons by setting, said or not; the last line keeps those that were said
     name, task = settings.router, TASKS[settings.task]
-    kind = ROUTERS.get(name)
-    options, offered = options_of(kind), kind.offers if kind else ()
-    has = f"; it has {', '.join(sorted(options))}"
+    options, offered = options_of(ROUTERS.get(name)), ()
+    if name == "dense":
+        found["expert_init"] = "--expert-init is for experts; --router dense has none"
+    else:
+        found["dense_match"] = f"--dense-match is for --router dense, not {name}"
+        offered = ROUTERS[name].offers
     offers = f"; it offers {', '.join(offered)}" if offered else ""
     for setting in said:
         if setting in OPTIONS and setting not in options:
-            found[setting] = f"{flag(setting)} is no option of --router {name}{has}"
+            has = f"it has {', '.join(sorted(options))}"
+            found[setting] = f"{flag(setting)} is no option of --router {name}; {has}"
         elif setting not in SETTINGS | task.SETTINGS | options:
             found[setting] = f"{flag(setting)} is no setting of --task {settings.task}"
     found |= task.unused(settings)
-    if kind:
-        found["dense_match"] = f"--dense-match is for --router dense, not {name}"
-    else:
-        found["expert_init"] = "--expert-init is for experts; --router dense has none"
     if name in ("dense", "hash", "soft"):
         found["router_lr"] = f"--router-lr is for routers with a gate, not {name}"
     for loss in BALANCE[settings.balance]:
@@ -283,8 +281,7 @@ def check(settings, said):
         if "bias_rate" in said:
             raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
         s.bias_rate = 1e-3  # as in 2408.15664
-    parts = s.grad_accum * processes()[1]
-    if s.batch_size % parts:
+    if s.batch_size % (s.grad_accum * processes()[1]):
         rule = f"--grad-accum must divide --batch-size {s.batch_size}"
         raise ValueError(f"{rule}, got {s.grad_accum} in {processes()[1]} process(es)")
 
@@ -302,11 +299,7 @@ def make_router(settings, tokens=1):
 def pick_device(settings):
     """The device; also sets the type of number that torch uses from here on."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
-    here = ["cpu"]
-    if torch.backends.mps.is_available():
-        here.insert(0, "mps")
-    if torch.cuda.is_available():
-        here.insert(0, "cuda")
+    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     name = here[0] if settings.device == "auto" else settings.device
     if name not in here:
         raise ValueError(f"--device {name}: this machine has none; there is {', '.join(here)}")
@@ -341,8 +334,10 @@ def ffn(dim, width):
 
 def check_memory(settings, data, model, device):
     """ValueError for settings that cannot fit into a CPU's memory, before anything is filled."""
-    if device.type != "cpu":
-        return
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return  # unknown
     examples = settings.batch_size // settings.grad_accum // processes()[1]
     count = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
     count += examples * data.tokens * settings.dim * 4 * settings.depth
@@ -350,16 +345,9 @@ def check_memory(settings, data, model, device):
         slots = moe.router.num_experts * (moe.router.capacity(data.tokens) or 1)
         count += 2 * examples * slots * settings.hidden
     wanted = count * torch.get_default_dtype().itemsize / 1e9
-    if wanted > memory_gb():
-        has = f"this machine has {memory_gb():,.0f} GB"
+    if device.type == "cpu" and wanted > memory:
+        has = f"this machine has {memory:,.0f} GB"
         raise ValueError(f"these sizes need at least {wanted:,.0f} GB of memory, {has}")
-
-
-def memory_gb():
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (AttributeError, ValueError, OSError):
-        return math.inf  # unknown
 
 
 @torch.no_grad()
@@ -383,14 +371,16 @@ def make_optimizer(settings, model, device):
     bare = {"params": [], "weight_decay": 0.0, "factor": 1.0}
     gates = {"params": [], "weight_decay": 0.0, "factor": settings.router_lr}
     for name, parameter in model.named_parameters():
-        group = bare if parameter.ndim < 2 or name in spared else weights
+        group = weights
         if ".router." in name:
             group = gates
+        elif parameter.ndim < 2 or name in spared:
+            group = bare
         if parameter.requires_grad:
             group["params"].append(parameter)
-    parts = [weights, bare, gates]
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(parts, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
+    groups = [weights, bare, gates]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
 
 
 def learning_rate(settings, step):
@@ -405,9 +395,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     """One optimiser step: forward and backward of each part of the batch, clip, step, update.
 
     Returns sums (for data.metrics), losses (of the routers), the last part's routings {block:
-    Routing}, and stop, whether a process has caught a signal. due: also the norm of the routers'
-    gradients, for the log. FloatingPointError, before any weight moves, for a loss or gradient that
-    is not finite.
+    Routing}, and stop: has a process caught a signal? due: the log wants the norms of the routers'
+    gradients. FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
     for group in optimizer.param_groups:
@@ -422,8 +411,10 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         batch = data.batch(step, part=part)
         with precision(settings, data.device), unsynchronised(model, i + 1 < len(parts)):
             loss, counts, routings = data.loss(model, batch)
-            objective = loss
-            for name, value in router_losses(routings).items():
+            objective, of_routers = loss, {}
+            for routing in once(routings):
+                add(of_routers, routing.losses)
+            for name, value in of_routers.items():
                 if weights.get(name):
                     objective = objective + weights[name] * value
                 add(losses, {name: value.detach() / len(parts)})
@@ -438,12 +429,11 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     sums = total(sums | {"stop": len(caught)}, data.device)
     losses = total(losses, data.device, share=processes()[1])
     if not torch.isfinite(norm + sums["loss"]):
-        raise FloatingPointError(
-            f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm "
-            f"{float(norm):.3g}; per block {json.dumps(statistics(routings))}"
-        )
+        told = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
+        blocks = json.dumps(statistics(routings))
+        raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     # In the order of once(routings): blocks that share a router share its routing.
     distinct = dict.fromkeys(moe.router for moe in moes(model))
     for i, router in enumerate(distinct):
@@ -458,17 +448,9 @@ def precision(settings, device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
-def router_losses(routings):
-    """{name: the sum over all blocks}; blocks that share a routing count it once."""
-    losses = {}
-    for routing in once(routings):
-        add(losses, routing.losses)
-    return losses
-
-
 def once(routings):
     """The routings of {block: Routing}, each once: blocks may share one."""
-    return list({id(routing): routing for routing in routings.values()}.values())
+    return list(dict.fromkeys(routings.values()))
 
 
 def add(sums, values):
@@ -517,9 +499,8 @@ def check_sound(data, model, step):
     batch = data.batch(step - 1, part=slice(0, 8))
     loss = data.loss(model, batch)[0] if finite else math.nan
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step}: the new weights are not finite, or their loss is not"
-        )
+        rule = "the new weights are not finite, or their loss is not"
+        raise FloatingPointError(f"step {step}: {rule}")
 
 
 def conclude(settings, data, model, device):
@@ -549,7 +530,7 @@ def evaluate(settings, data, model, split):
         add(sums, numbers(counts | {"loss": loss * counts["count"]}))
         for block, of_block in statistics(routings).items():
             add(signs.setdefault(block, {}), of_block)
-        add(loads, {block: routing.load for block, routing in routings.items()})
+            add(loads, {block: routings[block].load})
         batches += 1
     blocks = {}
     for block, of_block in signs.items():
@@ -600,11 +581,12 @@ def tell(settings, data, model, summary, joints):
     """Print what a run found."""
     say(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
     rows = []
-    heads = "NMI", "by chance", "95 % of chance"
     for block, labels in summary["specialisation"].items():
         for label, values in labels.items():
-            texts = {head: f"{value:.3f}" for head, value in zip(heads, values)}
-            rows.append({"block": str(block), "experts know of": label, **texts})
+            row_of = {"block": str(block), "experts know of": label}
+            for head, value in zip(("NMI", "by chance", "95 % of chance"), values):
+                row_of[head] = f"{value:.3f}"
+            rows.append(row_of)
     if rows:
         say(table(rows))
     words = data.tell(model, joints)
@@ -631,24 +613,21 @@ def progress(settings, step):
     return tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
 
 
-def waiting(batches, what):
-    return tqdm(batches, desc=what, leave=False, dynamic_ncols=True)
-
-
 def show(bar, line):
     named = ("loss", "top1", "miou", "bits_per_byte")
     bar.set_postfix({name: f"{line[name]:.3g}" for name in named if name in line})
 
 
+def waiting(batches, what):
+    return tqdm(batches, desc=what, leave=False, dynamic_ncols=True)
+
+
 # ================================================================ Later: the table
-DECIMALS = {  # of a column; 1 where it is not named
-    **dict.fromkeys(
-        ("vocabulary", "parameters", "active", "seconds", "images/s", "sequences/s"), 0
-    ),
-    **dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2),
-    **dict.fromkeys(("bits/byte", "dropless", "as generated"), 3),
-    "GFLOPs": 4,
-}
+DECIMALS = {"GFLOPs": 4}  # of a column; 1 where it is not named
+DECIMALS |= dict.fromkeys(("vocabulary", "parameters", "active", "seconds"), 0)
+DECIMALS |= dict.fromkeys(("images/s", "sequences/s"), 0)
+DECIMALS |= dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2)
+DECIMALS |= dict.fromkeys(("bits/byte", "dropless", "as generated"), 3)
 CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to tell
 KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "topic")
 
@@ -692,20 +671,20 @@ def cells(summary, task, known):
 def spell_cell(values, decimals, spread):
     """One column of a row as text: values as cells() gives them, one a run."""
 
-    def spell(number):
+    def rounded(number):
         return f"{number:,.{decimals}f}"
 
     if None in values or [] in values:
         return "-"
     if isinstance(values[0], list):
-        return ", ".join(spell(number) for number in np.mean(values, 0))  # one for each block
+        return ", ".join(map(rounded, np.mean(values, 0)))  # one for each block
     if isinstance(values[0], tuple):
         if len(values) == 1:
-            return " ± ".join(spell(number) for number in values[0])  # of a lone run, over draws
+            return " ± ".join(map(rounded, values[0]))  # of a lone run, over draws
         values = [mean for mean, _ in values]
-    text = spell(np.mean(values))
+    text = rounded(np.mean(values))
     if spread and len(values) > 1:
-        text += f" ± {spell(deviation(values))}"
+        text += f" ± {rounded(deviation(values))}"
     return text
 
 
@@ -715,14 +694,13 @@ def deviation(values):
 
 def table(rows):
     """Rows of {column: text} as Markdown, columns aligned; none in which nothing stands."""
-    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-
-    def line(row):
-        return "| " + " | ".join(row[name].ljust(width[name]) for name in names) + " |"
-
-    rule = {name: "-" * width[name] for name in names}
-    return "\n".join(map(line, [dict(zip(names, names)), rule, *rows]))
+    columns = []
+    for name in rows[0]:
+        texts = [row[name] for row in rows]
+        if set(texts) != {"-"}:
+            width = max(map(len, [name, *texts]))
+            columns.append([text.ljust(width) for text in (name, "-" * width, *texts)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
 def results(folder):
@@ -744,17 +722,16 @@ def results(folder):
         groups.setdefault(json.dumps(key, sort_keys=True), {})[done.settings.seed] = done
     axes = axes_of(runs)
     entries = []
-    for group in groups.values():
-        first = next(iter(group.values()))
-        summaries = [done.summary for done in group.values()]
+    for of_seed in groups.values():
+        group = list(of_seed.values())
+        first, summaries = group[0], [done.summary for done in group]
         texts = {"router": title(first.settings)}
         texts |= {name: spell_setting(first, name) for name in axes}
         name = " ".join(text for text in texts.values() if text != "-")  # in the picture's legend
-        entry = SimpleNamespace(name=name)
+        entry = SimpleNamespace(name=name, runs=group)
         texts |= {"recipe": recipe(first.settings, axes), "seeds": str(len(group))}
         entry.texts = texts | row(summaries, task, known=True)
         entry.scores = [score(summary, task) for summary in summaries]
-        entry.lines = [done.lines for done in group.values()]
         entries.append(entry)
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     rank(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
@@ -773,18 +750,15 @@ def results(folder):
 def finished(folder):
     """The runs below a folder (settings, said, summary, lines), and notes on what is not whole."""
     runs, notes = [], []
-    for path in sorted(path.parent for path in pathlib.Path(folder).glob("*/config.json")):
+    for config in sorted(pathlib.Path(folder).glob("*/config.json")):
+        path = config.parent
         if not (path / "summary.json").exists():
             notes.append(f"Not finished: {path.name}")
             continue
         try:
-            said = read_said(path)
-            summary = read_json(path / "summary.json")
-            done = SimpleNamespace(settings=settle(said), said=said, summary=summary)
-            row(
-                [summary], TASKS[done.settings.task], known=True
-            )  # raises where something is missing
-            done.lines = read_lines(path)
+            done = SimpleNamespace(said=read_said(path), summary=read_json(path / "summary.json"))
+            done.settings, done.lines = settle(done.said), read_lines(path)
+            row([done.summary], TASKS[done.settings.task], known=True)  # raises if one is missing
             runs.append(done)
         except Exception as error:  # a damaged file fails in many ways; the rest is still a table
             notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
@@ -997,32 +971,36 @@ def report_page(settings, data, model, summary, joints, record):
         body.append("<h2>Where the tokens of each label go</h2>")
         body += [MAPS_SHOW, "<div class=row>", *maps, "</div>"]
     body.append(data.pictures(model, joints))
-    return PAGE.format(
-        title=escape(f"{settings.task}, router {title(settings)}"), body="\n".join(body)
-    )
+    heading = escape(f"{settings.task}, router {title(settings)}")
+    return PAGE.format(title=heading, body="\n".join(body))
 
 
 def grid_page(entries, shown):
     """The page of a grid: its table, and the loss of each row, the mean over its runs."""
     smooth = {}
     for entry in entries:
-        losses = collections.defaultdict(list)
-        for line in itertools.chain(*entry.lines):
-            if "loss" in line:
-                losses[line["step"]].append(line["loss"])
+        losses = {}
+        for done in entry.runs:
+            for line in done.lines:
+                if "loss" in line:
+                    losses.setdefault(line["step"], []).append(line["loss"])
         points = []
         for step, of_runs in losses.items():
-            if len(of_runs) == len(entry.lines):  # a damaged line may be missing
+            if len(of_runs) == len(entry.runs):  # a damaged line may be missing
                 points.append((step, float(np.mean(of_runs))))
         smooth[entry.name] = smoothed(points)
     body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
     body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
-    return PAGE.format(title="Results", body=body + legend(smooth) + "</div>")
+    legend = ""
+    for i, name in enumerate(smooth):
+        mark = f'<span style="color:{hue(i, len(smooth))}">&#9632;</span>'
+        legend += f"<div>{mark} {escape(name)}</div>"
+    return PAGE.format(title="Results", body=f"{body}<div>{legend}</div></div>")
 
 
 def smoothed(line, width=0.02):
     """A line of (x, y), each y the mean of its neighbours within a share of the length."""
-    reach = max(0, round(width * len(line)))
+    reach = round(width * len(line))
     means = []
     for i, (x, _) in enumerate(line):
         near = [y for _, y in line[max(0, i - reach) : i + reach + 1]]
@@ -1040,24 +1018,20 @@ def health(lines):
     for line in lines:
         for block, signs in line.get("blocks", {}).items():
             for sign, value in signs.items():
-                points = drawn.setdefault(sign, {}).setdefault(f"block {block}", [])
-                points.append((line["step"], value))
+                by_block = drawn.setdefault(sign, {})
+                by_block.setdefault(f"block {block}", []).append((line["step"], value))
     for sign, by_block in drawn.items():
-        pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign)))
+        pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign, ())))
     return pictures
 
 
-def curves(heading, lines, limits=None, width=350, height=210):
+def curves(heading, lines, limits=(), width=350, height=210):
     """An SVG of lines {name: [(x, y), ...]} in one frame. limits: y that must be seen."""
-    xs, ys = [], []
-    for x, y in itertools.chain(*lines.values()):
-        if math.isfinite(y):
-            xs.append(x)
-            ys.append(y)
-    xs, ys = xs or [0, 1], ys or [0, 1]
-    left, right = min(xs), max(xs)
-    low, high = min([*ys, *(limits or ys)]), max([*ys, *(limits or ys)])
-    if not high > low:
+    points = [point for point in itertools.chain(*lines.values()) if math.isfinite(point[1])]
+    xs, ys = zip(*(points or [(0, 0), (1, 1)]))
+    ys += limits
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    if high == low:
         high = low + (abs(low) or 1)
     x0, y0, w, h = 52, 26, width - 64, height - 50
 
@@ -1076,13 +1050,12 @@ def curves(heading, lines, limits=None, width=350, height=210):
         parts.append(svg_text(across(tick), y0 + h + 16, f"{tick:.6g}", "middle"))
     for i, (name, line) in enumerate(lines.items()):
         drawn = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line if math.isfinite(y))
-        dashes = DASHES[i % len(DASHES)]
-        style = f'stroke="{hue(i, len(lines))}" stroke-width="1.5" stroke-dasharray="{dashes}"'
+        ink, dashes = hue(i, len(lines)), DASHES[i % len(DASHES)]
+        style = f'stroke="{ink}" stroke-width="1.5" stroke-dasharray="{dashes}"'
         label = f"<title>{escape(name)}</title>"
         parts.append(f'<polyline points="{drawn}" fill="none" {style}>{label}</polyline>')
         if 1 < len(lines) <= 6:
-            x = x0 + w - 8
-            parts.append(svg_text(x, y0 + 14 + 14 * i, name, "end", f'fill="{hue(i, len(lines))}"'))
+            parts.append(svg_text(x0 + w - 8, y0 + 14 + 14 * i, name, "end", f'fill="{ink}"'))
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
     return f"<svg {style} {size}>{''.join(parts)}</svg>"
@@ -1124,14 +1097,6 @@ def svg_text(x, y, words, anchor="start", more=""):
 def hue(i, count):
     """The colour of line i of so many; a lone line is grey."""
     return "#444444" if count == 1 else "rgb{}".format(color(i, count, lightness=0.4))
-
-
-def legend(names):
-    rows = []
-    for i, name in enumerate(names):
-        mark = f'<span style="color:{hue(i, len(names))}">&#9632;</span>'
-        rows.append(f"<div>{mark} {escape(name)}</div>")
-    return f"<div>{''.join(rows)}</div>"
 
 
 def escape(text):
