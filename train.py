@@ -133,6 +133,7 @@ ACTIONS = {
     "resume": ("path", None, "go on with a stopped run; steps, device, intervals may change"),
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
+BESIDE = {"table": (), "eval": ("device",), "sample": ("device", "seed", "task", *SAMPLING)}
 FREE = {"device", "out", "log_every", "save_every"}  # they change no result
 
 
@@ -1141,7 +1142,6 @@ class Record:
             if self.new and any(self.folder.iterdir()):
                 self.__exit__(None, None, None)  # which `with` calls only after __enter__
                 raise ValueError(f"--out {self.folder} is not empty; choose another folder")
-        self.start = time.perf_counter()
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1173,10 +1173,8 @@ class Record:
             made_by = checkpoint["versions"]
             self.before = float(checkpoint["seconds"])
         if made_by != versions():
-            note = (
-                f"the checkpoint is of {made_by}, this is {versions()}: it goes on, not bit for bit"
-            )
-            print(note, file=sys.stderr)
+            note = f"the checkpoint is of {made_by}, this is {versions()}"
+            print(f"{note}: it goes on, not bit for bit", file=sys.stderr)
         self.saved, self.end = step, end
         return step
 
@@ -1189,9 +1187,8 @@ class Record:
             (self.folder / "summary.json").unlink(missing_ok=True)
         for name, content in data.files().items():
             save(self.folder / name, content)
-        made_by = {"device": device.type, "threads": torch.get_num_threads()}
-        made_by |= {"processes": processes()[1]} | versions()
-        config = {"said": self.said, "settings": vars(self.settings), **made_by}
+        config = {"said": self.said, "settings": vars(self.settings), "device": device.type}
+        config |= {"threads": torch.get_num_threads(), "processes": processes()[1]} | versions()
         save(self.folder / "config.json", config)
         self.lines = open(self.folder / "metrics.jsonl", "r+b" if self.saved else "wb")
         self.lines.truncate(self.end)
@@ -1264,11 +1261,8 @@ def of_result(settings):
 
 
 def versions():
-    return {
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    python = platform.python_version()
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": python}
 
 
 def save(path, content):
@@ -1337,16 +1331,14 @@ def read_said(folder):
         said = read_json(pathlib.Path(folder) / "config.json")["said"]
         words = []
         for name, value in said.items():
-            if value is True:
-                words.append(flag(name))
-            elif value is False:
-                words.append("--no-" + flag(name)[2:])
+            if isinstance(value, bool):
+                words.append(flag(name if value else f"no_{name}"))
             else:
                 words.append(f"{flag(name)}={spell(value)}")
-        action, parsed = parse(words)
+        action, lists = parse(words)
         if action is not None:
             raise ValueError("it holds more than settings")
-        parsed = {name: values[0] for name, values in parsed.items()}
+        parsed = first_values(lists)
         if parsed != said:
             raise ValueError("it holds values of a wrong type")
         return parsed
@@ -1355,9 +1347,8 @@ def read_said(folder):
 def read_checkpoint(folder):
     """A checkpoint, read without running code in it. ValueError if missing, broken or unsafe."""
     path = pathlib.Path(folder) / "checkpoint.pt"
-    with reading(
-        folder, "was never saved", "holds a checkpoint.pt that cannot be read as a checkpoint"
-    ):
+    broken = "holds a checkpoint.pt that cannot be read as a checkpoint"
+    with reading(folder, "was never saved", broken):
         refuse_pipe(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1403,13 +1394,6 @@ def load_run(folder, device="auto"):
     return settings, data, model, summary
 
 
-def evaluate_again(folder, device):
-    """--eval: what the run printed, from its weights."""
-    settings, data, model, before = load_run(folder, device)
-    summary, joints = conclude(settings, data, model, data.device)
-    tell(settings, data, model, before | summary, joints)
-
-
 def sample(folder, asked):
     """--sample: text from a finished run. ValueError for a folder that is none, or cannot write."""
     folder = pathlib.Path(folder)
@@ -1423,33 +1407,32 @@ def sample(folder, asked):
     tokenizer = moe_tokens.Tokenizer.read(folder / "tokenizer.json")
     device = pick_device(settings)
     with reading(folder, "is no run", "cannot be read as a run"):
-        known = SimpleNamespace(tokens=settings.context)
-        known.build = lambda settings, make_feed: moe_tokens.build_gpt(
-            settings, len(tokenizer.pieces), ["any"], make_feed
-        )
-        model = build(settings, known, device)
+
+        def build_model(settings, make_feed):
+            return moe_tokens.build_gpt(settings, len(tokenizer.pieces), ["any"], make_feed)
+
+        data = SimpleNamespace(tokens=settings.context, build=build_model)
+        model = build(settings, data, device)
         model.load_state_dict(checkpoint["model"])
     with dropless(model) as differs:
-        text = moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty())
+        say(moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty()))
     notes = [settings.remark] if settings.remark else []
     if differs:
         notes.append("sampled dropless, trained with a capacity")
     if notes:
-        text += f"\n({'; '.join(notes)})"
-    say(text)
+        say(f"({'; '.join(notes)})")
 
 
 # ================================================================ Later: many processes
 @contextmanager
 def process_group():
     """Inside, this is one of the processes that torchrun started, if it did."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        if not os.environ.get(name, "").isdigit():
-            value = os.environ.get(name)
+        value = os.environ.get(name)
+        if not str(value).isdigit():
             raise ValueError(f"torchrun sets {name} to a whole number, got {name}={value}")
     # Hours: in a grid, the others wait while process 0 evaluates a run.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1602,10 +1585,10 @@ def bench(said):
     "kept" is what the forward leaves for the backward, weights apart.
     """
     sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
-    sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
+    sizes |= dict(dtype="auto", device="auto") | defaults_of(BENCH)
     options = {name: value for name, value in said.items() if name in OPTIONS}
     for name in said:
-        if name not in sizes and name not in options:
+        if name not in sizes | options:
             raise ValueError(f"{flag(name)} means nothing beside --bench")
     b = SimpleNamespace(**(sizes | said))
     if b.router not in (*ROUTERS, "all"):
@@ -1628,11 +1611,9 @@ def bench(said):
             line["/ " + what] = f"{ratio[what]:.2f}" if what in ratio else "-"
         line["MiB kept"], line["dense MiB"] = f"{kept['layer']:.0f}", f"{kept['dense']:.0f}"
         rows.append(line)
-    say(
-        f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}, "
-        f"{b.experts} experts; {b.device.type}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, median of {b.repeats}"
-    )
+    sizes = f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}"
+    place = f"{b.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    say(f"{sizes}, {b.experts} experts; {place}, median of {b.repeats}")
     say(table(rows))
 
 
@@ -1688,9 +1669,7 @@ def timed(b, call, x):
     x, seen = x.detach().requires_grad_(), {}
 
     def pack(tensor):
-        base = tensor
-        if tensor._base is not None:
-            base = tensor._base
+        base = tensor if tensor._base is None else tensor._base
         if not base.is_leaf or not base.requires_grad:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
@@ -1699,21 +1678,15 @@ def timed(b, call, x):
     def unpack(tensor):
         return tensor
 
-    synchronize(b.device)
+    synchronize = getattr(torch, b.device.type).synchronize
+    synchronize()
     start = time.perf_counter()
     with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         y = call(x)
     y.sum().backward()
-    synchronize(b.device)
+    synchronize()
     seen.pop(x.untyped_storage().data_ptr(), None)
     return time.perf_counter() - start, sum(seen.values())
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 # ================================================================ Later: the command line
@@ -1798,10 +1771,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.epilog = (
-        "A flag with several values, or --router all, makes a grid of runs and one table."
-    )
+    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.description, _ = __doc__.split("\n", 1)
+    grids = "A flag with several values, or --router all, makes a grid of runs and one table."
+    parser.epilog = grids
     options = {}
     for name, default in OPTIONS.items():
         having = [router for router, kind in ROUTERS.items() if name in kind.defaults]
@@ -1836,14 +1809,12 @@ def add_flag(group, name, kind, default, what):
         what += f" ({default})"
     what = what.replace("%", "%%")
     if kind is bool:
-        action = argparse.BooleanOptionalAction
-        group.add_argument(flag(name), action=action, default=argparse.SUPPRESS, help=what)
+        group.add_argument(flag(name), help=what, action=argparse.BooleanOptionalAction)
     elif isinstance(kind, tuple):
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, choices=kind)
-        group.add_argument(flag(name), **many)
+        group.add_argument(flag(name), help=what, nargs="+", choices=kind)
     else:
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, type=KINDS[kind])
-        group.add_argument(flag(name), **many, metavar=name.split("_")[-1].upper())
+        shown = name.split("_")[-1].upper()
+        group.add_argument(flag(name), help=what, nargs="+", type=KINDS[kind], metavar=shown)
 
 
 def parse(words):
@@ -1852,8 +1823,16 @@ def parse(words):
     lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
     actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
     if len(actions) > 1:
-        raise ValueError(f"one at a time: {', '.join(flag(name) for name in actions)}")
+        raise ValueError(f"one at a time: {', '.join(map(flag, actions))}")
     return (actions[0] if actions else None), lists
+
+
+def first_values(lists):
+    return {name: values[0] for name, values in lists.items()}
+
+
+def defaults_of(table):
+    return {name: default for name, (_, default, _) in table.items()}
 
 
 class Outlet:
@@ -1911,12 +1890,11 @@ def main(words=None):
         print(f"train.py: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except (RuntimeError, MemoryError, OverflowError) as error:
-        if not re.search(
-            "memory|alloc|overflow|too large", one_line(error) + type(error).__name__, re.I
-        ):
+        why, kind = one_line(error), type(error).__name__
+        if not re.search("memory|alloc|overflow|too large", why + kind, re.I):
             raise
-        why = one_line(error)[:200]
-        print(f"train.py: error: these sizes do not fit into memory: {why}", file=sys.stderr)
+        rule = "these sizes do not fit into memory"
+        print(f"train.py: error: {rule}: {why[:200]}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         sys.stdout.flush()
@@ -1925,7 +1903,7 @@ def main(words=None):
 
 def command(words):
     action, lists = parse(words)
-    said = {name: values[0] for name, values in lists.items()}
+    said = first_values(lists)
     grown = any(len(values) > 1 for values in lists.values()) or "all" in lists.get("router", ())
     if action is None:
         for name in lists:
@@ -1935,27 +1913,23 @@ def command(words):
     if grown and not (action == "bench" and len(lists) == sum(map(len, lists.values()))):
         raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
     folder = said.pop(action)
+    for name in said:
+        if action in BESIDE and name not in BESIDE[action]:
+            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
     if action == "bench":
         bench(said)
     elif action == "resume":
         return run(going_on(pathlib.Path(folder), said), pathlib.Path(folder), resume=True)
     elif action == "table":
-        beside(action, said, ())
         results(folder)
-    elif action == "eval":
-        beside(action, said, ("device",))
-        evaluate_again(folder, said.get("device", "auto"))
+    elif action == "eval":  # what the run printed, from its weights
+        settings, data, model, before = load_run(folder, said.get("device", "auto"))
+        summary, joints = conclude(settings, data, model, data.device)
+        tell(settings, data, model, before | summary, joints)
     else:
-        beside(action, said, ("device", "seed", "task", *SAMPLING))
-        asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
-        sample(folder, SimpleNamespace(**(asked | said)))
+        asked = {"device": "auto", "seed": 0} | defaults_of(SAMPLING) | said
+        sample(folder, SimpleNamespace(**asked))
     return 0
-
-
-def beside(action, said, allowed):
-    for name in said:
-        if name not in allowed:
-            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
 
 
 def going_on(folder, said):
