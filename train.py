@@ -1163,20 +1163,19 @@ class Record:
                 had = checkpoint["settings"][name]
                 if had != value and name != "steps":
                     raise ValueError(f"it has {flag(name)} {had}, not {value}")
-            step, end = int(checkpoint["step"]), int(checkpoint["metrics_end"])
-            if step > self.settings.steps:
-                raise ValueError(f"it is of step {step}, beyond --steps {self.settings.steps}")
-            if self.writes and (self.folder / "metrics.jsonl").stat().st_size < end:
+            self.saved, self.end = int(checkpoint["step"]), int(checkpoint["metrics_end"])
+            self.before, made_by = float(checkpoint["seconds"]), checkpoint["versions"]
+            most = self.settings.steps
+            if self.saved > most:
+                raise ValueError(f"it is of step {self.saved}, beyond --steps {most}")
+            if self.writes and (self.folder / "metrics.jsonl").stat().st_size < self.end:
                 raise ValueError("metrics.jsonl is shorter than at the checkpoint")
             model.load_state_dict(checkpoint["model"])
             load_optimizer(optimizer, checkpoint["optimizer"])
-            made_by = checkpoint["versions"]
-            self.before = float(checkpoint["seconds"])
         if made_by != versions():
             note = f"the checkpoint is of {made_by}, this is {versions()}"
             print(f"{note}: it goes on, not bit for bit", file=sys.stderr)
-        self.saved, self.end = step, end
-        return step
+        return self.saved
 
     def begin(self, data, device):
         """Make this the folder of an unfinished run, metrics.jsonl cut back to the checkpoint."""
@@ -1338,7 +1337,7 @@ def read_said(folder):
         action, lists = parse(words)
         if action is not None:
             raise ValueError("it holds more than settings")
-        parsed = first_values(lists)
+        parsed = {name: values[0] for name, values in lists.items()}
         if parsed != said:
             raise ValueError("it holds values of a wrong type")
         return parsed
@@ -1465,9 +1464,8 @@ def wrap(settings, model):
 def parts_of_batch(settings):
     """The rows of each part of a batch that this process computes."""
     rank, size = processes()
-    whole = settings.batch_size // settings.grad_accum
-    rows = whole // size
-    starts = [i * whole + rank * rows for i in range(settings.grad_accum)]
+    rows = settings.batch_size // settings.grad_accum // size
+    starts = range(rank * rows, settings.batch_size, size * rows)
     return [slice(start, start + rows) for start in starts]
 
 
@@ -1585,7 +1583,7 @@ def bench(said):
     "kept" is what the forward leaves for the backward, weights apart.
     """
     sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
-    sizes |= dict(dtype="auto", device="auto") | defaults_of(BENCH)
+    sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
     options = {name: value for name, value in said.items() if name in OPTIONS}
     for name in said:
         if name not in sizes | options:
@@ -1743,17 +1741,6 @@ KINDS = {
 }
 
 
-def option_kind(name, default):
-    """The kind of a router's option, read off its name and default."""
-    if name in CHOICES:
-        return CHOICES[name]
-    if name == "capacity_factor":
-        return "capacity"
-    if isinstance(default, bool):
-        return bool
-    return "at_least_0" if isinstance(default, float) else "whole"
-
-
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -1775,11 +1762,12 @@ def make_parser():
     parser.description, _ = __doc__.split("\n", 1)
     grids = "A flag with several values, or --router all, makes a grid of runs and one table."
     parser.epilog = grids
-    options = {}
+    options, kinds = {}, CHOICES | {"capacity_factor": "capacity"}
     for name, default in OPTIONS.items():
         having = [router for router, kind in ROUTERS.items() if name in kind.defaults]
         what = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
-        options[name] = option_kind(name, default), default, what
+        of_type = {bool: bool, float: "at_least_0"}.get(type(default), "whole")
+        options[name] = kinds.get(name, of_type), default, what
     groups = {
         "a run": SETTINGS,
         "images": moe_vision.SETTINGS,
@@ -1827,14 +1815,6 @@ def parse(words):
     return (actions[0] if actions else None), lists
 
 
-def first_values(lists):
-    return {name: values[0] for name, values in lists.items()}
-
-
-def defaults_of(table):
-    return {name: default for name, (_, default, _) in table.items()}
-
-
 class Outlet:
     """A stream whose reader may leave (| head) or whose disk may fill; then only words are lost."""
 
@@ -1845,12 +1825,7 @@ class Outlet:
 
     def write(self, text):
         try:
-            return self.stream.write(text)
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def flush(self):
-        try:
+            self.stream.write(text)
             self.stream.flush()
         except (OSError, ValueError):
             self.stream = open(os.devnull, "w")
@@ -1903,7 +1878,7 @@ def main(words=None):
 
 def command(words):
     action, lists = parse(words)
-    said = first_values(lists)
+    said = {name: values[0] for name, values in lists.items()}
     grown = any(len(values) > 1 for values in lists.values()) or "all" in lists.get("router", ())
     if action is None:
         for name in lists:
@@ -1927,8 +1902,8 @@ def command(words):
         summary, joints = conclude(settings, data, model, data.device)
         tell(settings, data, model, before | summary, joints)
     else:
-        asked = {"device": "auto", "seed": 0} | defaults_of(SAMPLING) | said
-        sample(folder, SimpleNamespace(**asked))
+        asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
+        sample(folder, SimpleNamespace(**(asked | said)))
     return 0
 
 
