@@ -22,7 +22,6 @@ checkpoint.pt, summary.json and report.html.
 """
 
 import argparse
-import collections
 import ctypes
 import datetime
 import gc
@@ -158,7 +157,8 @@ def run(said, folder=None, resume=False):
         say(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
         trained = wrap(settings, model)
         stop = False
-        with signals() as caught, progress(settings, step) as bar:
+        bar = tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
+        with signals() as caught, bar:
             while step < settings.steps and not stop:
                 last = step + 1 == settings.steps
                 due = last or (step + 1) % settings.log_every == 0
@@ -190,10 +190,7 @@ def run(said, folder=None, resume=False):
 
 # ---------------------------------------------------------------- what `run` calls, in that order
 def settle(said):
-    """What was said, {setting: value} -> every setting of the run, filled in and checked.
-
-    ValueError for settings that clash, or that mean nothing beside the others.
-    """
+    """{setting: value} as said -> every setting; ValueError where they clash or mean nothing."""
     settings = filled(said)
     default = filled({name: said[name] for name in MODES if name in said})
     for name, why in unused(said).items():  # to say aloud what holds anyway does no harm
@@ -410,7 +407,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     parts = parts_of_batch(settings)
     for i, part in enumerate(parts):
         batch = data.batch(step, part=part)
-        with precision(settings, data.device), unsynchronised(model, i + 1 < len(parts)):
+        early = i + 1 < len(parts) and hasattr(model, "no_sync")
+        with precision(settings, data.device), model.no_sync() if early else nullcontext():
             loss, counts, routings = data.loss(model, batch)
             objective, of_routers = loss, {}
             for routing in once(routings):
@@ -435,11 +433,10 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
     optimizer.step()
     optimizer.zero_grad()
-    # In the order of once(routings): blocks that share a router share its routing.
+    # Blocks that share a router share its routing: both go in the order of once(routings).
     distinct = dict.fromkeys(moe.router for moe in moes(model))
-    for i, router in enumerate(distinct):
-        generator = seeded(settings.seed, step + 1, "router", i)
-        router.update([of_part[i] for of_part in seen], generator)
+    for i, (router, of_parts) in enumerate(zip(distinct, zip(*seen))):
+        router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
     losses["grad_norm"] = norm
     return SimpleNamespace(sums=sums, losses=losses, routings=routings, stop=bool(sums["stop"]))
 
@@ -464,11 +461,7 @@ def moes(model):
 
 
 def statistics(routings):
-    """The signs of a router's health, {block: {sign: number}}; what stands here is also drawn.
-
-    load max/mean; experts that got nothing; the share of tokens in no slot; slots a token sits in;
-    entropy of the gates, 1 = uniform; in training, the norm of the router's gradient.
-    """
+    """{block: {sign: number}}, how healthy each router is: SIGNS says it in words; all are drawn."""
     found = {}
     for block, routing in routings.items():
         counts = routing.counts()
@@ -551,13 +544,11 @@ def numbers(values):
 def dropless(model):
     """Inside, no token is dropped where tokens or thresholds choose; yields: does that differ?"""
     before = {}
-    for moe in moes(model):
-        router, factor = moe.router, moe.router.options.capacity_factor
+    for router in {moe.router for moe in moes(model)}:
+        factor, room = router.options.capacity_factor, float(router.num_experts)
         if router.chooses in ("tokens", "threshold") and factor is not None:
             before[router] = factor
-    for router in before:
-        room = None if router.chooses == "tokens" else float(router.num_experts)
-        router.options.capacity_factor = room
+            router.options.capacity_factor = None if router.chooses == "tokens" else room
     try:
         yield bool(before)
     finally:
@@ -610,10 +601,6 @@ def say(text):
     print(text, flush=True)
 
 
-def progress(settings, step):
-    return tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
-
-
 def show(bar, line):
     named = ("loss", "top1", "miou", "bits_per_byte")
     bar.set_postfix({name: f"{line[name]:.3g}" for name in named if name in line})
@@ -634,10 +621,9 @@ KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "top
 
 
 def row(summaries, task, known=False):
-    """A row of the table, {column: text}, of the runs of one setting.
+    """A row of the table, {column: text}: mean ± deviation over the runs of one setting.
 
-    A lone run's numbers, or mean ± deviation over the runs. known: also what experts know of
-    labels, NMI less its null's mean, the mean of the blocks.
+    known: also what experts know of labels, NMI less its null's mean, the mean of the blocks.
     """
     of_runs = [cells(summary, task, known) for summary in summaries]
     texts = {}
@@ -672,21 +658,19 @@ def cells(summary, task, known):
 def spell_cell(values, decimals, spread):
     """One column of a row as text: values as cells() gives them, one a run."""
 
-    def rounded(number):
-        return f"{number:,.{decimals}f}"
-
     if None in values or [] in values:
         return "-"
+    between = " ± "
     if isinstance(values[0], list):
-        return ", ".join(map(rounded, np.mean(values, 0)))  # one for each block
-    if isinstance(values[0], tuple):
-        if len(values) == 1:
-            return " ± ".join(map(rounded, values[0]))  # of a lone run, over draws
-        values = [mean for mean, _ in values]
-    text = rounded(np.mean(values))
-    if spread and len(values) > 1:
-        text += f" ± {rounded(deviation(values))}"
-    return text
+        shown, between = np.mean(values, 0), ", "  # one for each block
+    elif isinstance(values[0], tuple) and len(values) == 1:
+        shown = values[0]  # of a lone run, over draws
+    else:
+        means = [value[0] if isinstance(value, tuple) else value for value in values]
+        shown = [np.mean(means)]
+        if spread and len(values) > 1:
+            shown.append(deviation(means))
+    return between.join(f"{number:,.{decimals}f}" for number in shown)
 
 
 def deviation(values):
@@ -705,18 +689,15 @@ def table(rows):
 
 
 def results(folder):
-    """All finished runs below a folder in one table: printed, and written to results.md there.
-
-    report.html beside it shows the table and the loss curves.
-    """
+    """One table of all finished runs below a folder; results.md and report.html go there."""
     runs, notes = finished(folder)
-    tasks = {done.settings.task for done in runs}
+    tasks = sorted({done.settings.task for done in runs})
     if len(tasks) != 1:
         why = "no finished run (a folder with a summary.json) lies there"
         if tasks:
-            why = f"holds runs of several tasks: {', '.join(sorted(tasks))}"
+            why = f"holds runs of several tasks: {', '.join(tasks)}"
         raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
-    task = TASKS[tasks.pop()]
+    task = TASKS[tasks[0]]
     groups = {}
     for done in runs:  # the runs of one setting, one of each seed
         key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
@@ -797,24 +778,17 @@ def recipe(settings, axes):
 
 
 def rank(entries, task, digits):
-    """Fill in the column "to the best" of entries, best first. A leaky one is never the best.
-
-    A difference is a tie if it is at most sqrt(a^2 + b^2), of the two deviations a and b.
-    """
+    """Fill in the column "to the best" of entries, best first. A leaky one is never the best."""
     fair = [entry for entry in entries if "(leaky)" not in entry.texts["router"]]
     best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
-        spread = math.hypot(deviation(entry.scores), deviation(best.scores))
-        if entry is best:
-            verdict = "best"
-        elif min(len(entry.scores), len(best.scores)) == 1:
-            verdict = "one seed"
-        elif abs(gap) <= spread:
+        verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
+        if abs(gap) <= math.hypot(deviation(entry.scores), deviation(best.scores)):
             verdict = "tie"
-        else:
-            verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
-        entry.texts["to the best"] = verdict
+        if min(len(entry.scores), len(best.scores)) == 1:
+            verdict = "one seed"
+        entry.texts["to the best"] = "best" if entry is best else verdict
 
 
 def score(summary, task):
@@ -955,14 +929,14 @@ LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a pictur
 
 def report_page(settings, data, model, summary, joints, record):
     """The page of one run, HTML that needs no network."""
-    lines = read_lines(record.folder)
-    texts = row([summary], TASKS[settings.task])
+    texts = {"data": data.about, "seed": settings.seed} | row([summary], TASKS[settings.task])
     body = ["<div class=wide><table>"]
-    for name, text in {"data": data.about, "seed": str(settings.seed), **texts}.items():
+    for name, text in texts.items():
         if text != "-":
             body.append(f"<tr><th>{escape(name)}<td>{escape(text)}")
     body.append("</table></div>")
-    body += ["<h2>Step by step</h2>", "<div class=row>", *health(lines), "</div>"]
+    body += ["<h2>Step by step</h2>", "<div class=row>"]
+    body += [*health(read_lines(record.folder)), "</div>"]
     maps = []
     for block, labels in joints.items():
         for name, (joint, names) in labels.items():
@@ -1105,10 +1079,7 @@ def escape(text):
 
 
 def picture(folders, path, count=5):
-    """Write a PNG: test images, their patches coloured by expert, one finished run after another.
-
-    Columns of a run: the image, then a column for each block with experts.
-    """
+    """Write a PNG: test images, and beside them, run by run, their patches coloured by expert."""
     parts = []
     for folder in folders:
         _, data, model, _ = load_run(folder)
@@ -1119,10 +1090,7 @@ def picture(folders, path, count=5):
 
 # ================================================================ Later: runs that survive
 class Record:
-    """The folder of a run. As a context, it keeps other processes out of the folder.
-
-    checkpoint.pt says where metrics.jsonl ended, so that going on cuts it back to there.
-    """
+    """The folder of a run. As a context, it keeps other processes out of the folder."""
 
     def __init__(self, settings, said, folder=None):
         self.settings, self.said = settings, said
@@ -1469,11 +1437,6 @@ def parts_of_batch(settings):
     return [slice(start, start + rows) for start in starts]
 
 
-def unsynchronised(model, wait):
-    """Inside, gradients are not yet summed over processes, if they are to wait."""
-    return model.no_sync() if wait and hasattr(model, "no_sync") else nullcontext()
-
-
 def total(values, device, share=1):
     """{name: number} summed over all processes, divided by `share`."""
     if not dist.is_initialized() or not values:
@@ -1545,14 +1508,13 @@ def grid_runs(lists, every):
     meant, idle = set(), {}  # settings that mean something in some cell, and why in others not
     for values in itertools.product(*lists.values()):
         cell = dict(zip(lists, values))
-        router = cell.get("router", SETTINGS["router"][1])
         here = unused(cell)
         idle |= here
         cell = {name: value for name, value in cell.items() if name not in here}
         try:
             settings = settle(cell)
         except ValueError as error:
-            failed.append(f"{router}: {error}")
+            failed.append(f"{filled(cell).router}: {error}")
             if every:
                 say(f"left out: {failed[-1]}")
                 continue
@@ -1646,14 +1608,14 @@ def bench_router(b, name, options):
     }
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
-    seconds, kept = collections.defaultdict(list), {}
+    seconds, kept = {}, {}
     for i in range(b.repeats + 2):
         for what, call in calls.items():
             moe.zero_grad()
             dense.zero_grad()  # each writes its gradients afresh, as after a step
             taken, kept[what] = timed(b, *call)
             if i >= 2:
-                seconds[what].append(taken)
+                seconds.setdefault(what, []).append(taken)
     measured = {"router": name, "options": options, "ms": {}, "ratio": {}, "MiB": {}}
     for what, taken in seconds.items():
         measured["ms"][what] = 1e3 * float(np.median(taken))
@@ -1768,15 +1730,9 @@ def make_parser():
         what = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
         of_type = {bool: bool, float: "at_least_0"}.get(type(default), "whole")
         options[name] = kinds.get(name, of_type), default, what
-    groups = {
-        "a run": SETTINGS,
-        "images": moe_vision.SETTINGS,
-        "text": moe_tokens.SETTINGS,
-        "router options, for the routers named": options,
-        "instead of a run": ACTIONS,
-        "with --sample": SAMPLING,
-        "with --bench": BENCH,
-    }
+    groups = {"a run": SETTINGS, "images": moe_vision.SETTINGS, "text": moe_tokens.SETTINGS}
+    groups |= {"router options, for the routers named": options, "instead of a run": ACTIONS}
+    groups |= {"with --sample": SAMPLING, "with --bench": BENCH}
     for heading, settings in groups.items():
         group = parser.add_argument_group(heading)
         for name, (kind, default, what) in settings.items():
