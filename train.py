@@ -407,8 +407,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     parts = parts_of_batch(settings)
     for i, part in enumerate(parts):
         batch = data.batch(step, part=part)
-        early = i + 1 < len(parts) and hasattr(model, "no_sync")
-        with precision(settings, data.device), model.no_sync() if early else nullcontext():
+        wait = i + 1 < len(parts) and hasattr(model, "no_sync")  # processes sum gradients once
+        with precision(settings, data.device), model.no_sync() if wait else nullcontext():
             loss, counts, routings = data.loss(model, batch)
             objective, of_routers = loss, {}
             for routing in once(routings):
@@ -835,22 +835,21 @@ def examine(data, batch, start, routings):
     """
     found = {}
     for name, (label, unit, names) in data.labels(batch, start).items():
-        labelled = label.flatten() >= 0
+        (B, T), labelled = label.shape, label >= 0
+        sequence = torch.arange(start, start + B)[:, None].expand(B, T)
         for block, routing in routings.items():
             mass = routing.mass().float().cpu()
-            mass = mass.reshape(len(label), -1, mass.shape[-1])
+            mass = mass.reshape(B, -1, mass.shape[-1])
             routed = mass.shape[1]  # in an example: T tokens, or one whole sequence
-            if routed not in (1, label.shape[1]):
-                rule = f"labels of {label.shape[1]} tokens an example do not fit a routing"
+            if routed not in (1, T):
+                rule = f"labels of {T} tokens an example do not fit a routing"
                 raise ValueError(f"{rule} of {routed}")
-            of_routing = unit
-            if unit is not None and routed < len(unit[0].unique()):  # a sequence has many labels,
-                sequence = start + torch.arange(len(label))  # but one routing: it is the unit
-                of_routing = sequence[:, None].expand_as(label)
-            if unit is not None:
-                of_routing = of_routing.flatten()[labelled]
-            mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)[labelled]
-            found[block, name, tuple(names)] = mass, label.flatten()[labelled], of_routing
+            of_label = None
+            if unit is not None:  # a sequence of many labels but one routing is itself the unit
+                whole = routed < len(unit[0].unique())
+                of_label = (sequence if whole else unit)[labelled]
+            mass = mass.expand(B, T, -1)[labelled]
+            found[block, name, tuple(names)] = mass, label[labelled], of_label
     return found
 
 
@@ -1817,15 +1816,13 @@ def main(words=None):
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (RuntimeError, MemoryError, OverflowError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         why, kind = one_line(error), type(error).__name__
-        if not re.search("memory|alloc|overflow|too large", why + kind, re.I):
-            raise
-        rule = "these sizes do not fit into memory"
-        print(f"train.py: error: {rule}: {why[:200]}", file=sys.stderr)
+        if not isinstance(error, (ValueError, OSError)):
+            if not re.search("memory|alloc|overflow|too large", why + kind, re.I):
+                raise
+            why = f"these sizes do not fit into memory: {why[:200]}"
+        print(f"train.py: error: {why}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         sys.stdout.flush()
@@ -1835,13 +1832,14 @@ def main(words=None):
 def command(words):
     action, lists = parse(words)
     said = {name: values[0] for name, values in lists.items()}
-    grown = any(len(values) > 1 for values in lists.values()) or "all" in lists.get("router", ())
+    several = any(len(values) > 1 for values in lists.values())
+    every = said.get("router") == "all"
     if action is None:
         for name in lists:
-            if name in SAMPLING or name in BENCH:
+            if name in SAMPLING | BENCH:
                 raise ValueError(f"{flag(name)} is for --sample or --bench")
-        return grid(lists) if grown else run(said)
-    if grown and not (action == "bench" and len(lists) == sum(map(len, lists.values()))):
+        return grid(lists) if several or every else run(said)
+    if several or (every and action != "bench"):
         raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
     folder = said.pop(action)
     for name in said:
