@@ -124,7 +124,6 @@ BENCH = {  # with --bench
     "group_size": ("whole", 256, "tokens in a group of them"),
     "repeats": ("whole", 9, "rounds that are timed"),
 }
-MODES = ("task", "router", "size")  # the defaults of all others depend on these
 ACTIONS = {
     "eval": ("path", None, "evaluate a finished run again, then stop"),
     "sample": ("path", None, "write text with a finished run of --task tokens, then stop"),
@@ -154,7 +153,7 @@ def run(said, folder=None, resume=False):
     with Record(settings, said, folder) as record:
         step = record.restore(model, optimizer) if resume else 0
         record.begin(data, device)
-        say(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
+        print(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
         trained = wrap(settings, model)
         stop = False
         bar = tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
@@ -176,7 +175,7 @@ def run(said, folder=None, resume=False):
             stop = bool(total({"stop": len(caught)}, device)["stop"])  # one may have come since
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
-            say(f"{done}; --resume {record.folder} goes on from there")
+            print(f"{done}; --resume {record.folder} goes on from there")
             return 128 + (caught or [signal.SIGTERM])[0]  # none: another process caught it
         spent = record.spent()
         if processes()[0] == 0:
@@ -184,7 +183,7 @@ def run(said, folder=None, resume=False):
             summary |= spent | {"gflops": gflops}
             record.finish(summary, report_page(settings, data, model, summary, joints, record))
             tell(settings, data, model, summary, joints)
-            say(f"-> {record.folder}/report.html")
+            print(f"-> {record.folder}/report.html")
     return 0
 
 
@@ -192,7 +191,7 @@ def run(said, folder=None, resume=False):
 def settle(said):
     """{setting: value} as said -> every setting; ValueError where they clash or mean nothing."""
     settings = filled(said)
-    default = filled({name: said[name] for name in MODES if name in said})
+    default = filled(dict(task=settings.task, router=settings.router, size=settings.size))
     for name, why in unused(said).items():  # to say aloud what holds anyway does no harm
         if not hasattr(default, name) or said[name] != getattr(default, name):
             raise ValueError(why)
@@ -205,11 +204,12 @@ def settle(said):
 
 def filled(said):
     """Every setting: as said, else by the router's recipe, the size, or the tables' default."""
-    values = {name: said.get(name, SETTINGS[name][1]) for name in MODES}
-    task, kind = TASKS[values["task"]], ROUTERS.get(values["router"])
-    for name, (_, default, _) in (SETTINGS | task.SETTINGS).items():
-        values.setdefault(name, default)
-    values |= task.SIZES[values["size"]] | options_of(kind)
+    values = {name: default for name, (_, default, _) in SETTINGS.items()}
+    mode = values | said  # the defaults of the rest depend on task, router and size
+    task, kind = TASKS[mode["task"]], ROUTERS.get(mode["router"])
+    for name, (_, default, _) in task.SETTINGS.items():
+        values[name] = default
+    values |= task.SIZES[mode["size"]] | options_of(kind)
     if kind:
         values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
@@ -461,7 +461,7 @@ def moes(model):
 
 
 def statistics(routings):
-    """{block: {sign: number}}, how healthy each router is: SIGNS says it in words; all are drawn."""
+    """{block: {sign: number}} of a router's health: SIGNS says it in words, and all are drawn."""
     found = {}
     for block, routing in routings.items():
         counts = routing.counts()
@@ -571,7 +571,7 @@ def parameters(model, data):
 
 def tell(settings, data, model, summary, joints):
     """Print what a run found."""
-    say(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
+    print(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
     rows = []
     for block, labels in summary["specialisation"].items():
         for label, values in labels.items():
@@ -580,10 +580,10 @@ def tell(settings, data, model, summary, joints):
                 row_of[head] = f"{value:.3f}"
             rows.append(row_of)
     if rows:
-        say(table(rows))
+        print(table(rows))
     words = data.tell(model, joints)
     if words:
-        say(words)
+        print(words)
 
 
 def title(settings):
@@ -595,10 +595,6 @@ def about(settings, device):
     if settings.compile and getattr(settings, "capacity_factor", 1) is None:
         words += "; compiled, a dropless expert computes a slot for every token of its group"
     return words
-
-
-def say(text):
-    print(text, flush=True)
 
 
 def show(bar, line):
@@ -726,7 +722,7 @@ def results(folder):
     shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
     save(pathlib.Path(folder) / "results.md", shown + "\n")
     save(pathlib.Path(folder) / "report.html", grid_page(entries, shown))
-    say(shown)
+    print(shown)
 
 
 def finished(folder):
@@ -749,8 +745,9 @@ def finished(folder):
 
 def axes_of(runs):
     """The settings that were said, and differ between runs that have them: a column each."""
-    said = dict.fromkeys(name for done in runs for name in done.said)
-    axes = []
+    said, axes = {}, []
+    for done in runs:
+        said |= done.said
     for name in said:
         values = {spell_setting(done, name) for done in runs} - {"-"}
         if len(values) > 1 and name not in FREE | {"router", "seed"}:
@@ -1325,12 +1322,11 @@ def read_checkpoint(folder):
 def load_optimizer(optimizer, state):
     """load_state_dict, which itself would take numbers of any shape. ValueError for wrong ones."""
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for name, value in optimizer.state[parameter].items():
-                shape = () if name == "step" else parameter.shape
-                if not torch.is_tensor(value) or value.shape != shape:
-                    raise ValueError(f"the optimiser's {name} has a wrong shape")
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            shape = () if name == "step" else parameter.shape
+            if not torch.is_tensor(value) or value.shape != shape:
+                raise ValueError(f"the optimiser's {name} has a wrong shape")
 
 
 def read_lines(folder):
@@ -1381,12 +1377,12 @@ def sample(folder, asked):
         model = build(settings, data, device)
         model.load_state_dict(checkpoint["model"])
     with dropless(model) as differs:
-        say(moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty()))
+        print(moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty()))
     notes = [settings.remark] if settings.remark else []
     if differs:
         notes.append("sampled dropless, trained with a capacity")
     if notes:
-        say(f"({'; '.join(notes)})")
+        print(f"({'; '.join(notes)})")
 
 
 # ================================================================ Later: many processes
@@ -1515,7 +1511,7 @@ def grid_runs(lists, every):
         except ValueError as error:
             failed.append(f"{filled(cell).router}: {error}")
             if every:
-                say(f"left out: {failed[-1]}")
+                print(f"left out: {failed[-1]}")
                 continue
             at = " ".join(f"{flag(name)} {spell(cell[name])}" for name in axes if name in cell)
             raise ValueError(f"{at}: {error}") from None
@@ -1539,9 +1535,8 @@ def grid_runs(lists, every):
 def bench(said):
     """Forward and backward of one MoE layer, of every router or --router, in a table.
 
-    In the same rounds, against what it could cost at least: a dense FFN of the experts' FLOPs, the
-    experts alone on as many slots, and the tensor (einsum) form. Times are medians after warm-up;
-    "kept" is what the forward leaves for the backward, weights apart.
+    Held against a dense FFN of the experts' FLOPs, the experts alone on as many slots, and the
+    tensor form. Times are medians; "kept" is what a forward leaves for its backward.
     """
     sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
     sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
@@ -1572,8 +1567,8 @@ def bench(said):
         rows.append(line)
     sizes = f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}"
     place = f"{b.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    say(f"{sizes}, {b.experts} experts; {place}, median of {b.repeats}")
-    say(table(rows))
+    print(f"{sizes}, {b.experts} experts; {place}, median of {b.repeats}")
+    print(table(rows))
 
 
 def bench_router(b, name, options):
@@ -1767,7 +1762,7 @@ def parse(words):
     actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
     if len(actions) > 1:
         raise ValueError(f"one at a time: {', '.join(map(flag, actions))}")
-    return (actions[0] if actions else None), lists
+    return next(iter(actions), None), lists
 
 
 class Outlet:
