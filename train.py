@@ -39,7 +39,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import numpy as np
@@ -411,7 +411,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         with precision(settings, data.device), model.no_sync() if wait else nullcontext():
             loss, counts, routings = data.loss(model, batch)
             objective, of_routers = loss, {}
-            for routing in once(routings):
+            distinct = list(dict.fromkeys(routings.values()))  # blocks may share one
+            for routing in distinct:
                 add(of_routers, routing.losses)
             for name, value in of_routers.items():
                 if weights.get(name):
@@ -419,7 +420,7 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
                 add(losses, {name: value.detach() / len(parts)})
         (objective / len(parts)).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
-        seen.append(once(routings))
+        seen.append(distinct)
     if due:
         for moe, routing in zip(moes(model), routings.values()):
             gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
@@ -433,9 +434,9 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
     optimizer.step()
     optimizer.zero_grad()
-    # Blocks that share a router share its routing: both go in the order of once(routings).
-    distinct = dict.fromkeys(moe.router for moe in moes(model))
-    for i, (router, of_parts) in enumerate(zip(distinct, zip(*seen))):
+    # Blocks that share a router share its routing, so both are in the order of the blocks.
+    each_router = dict.fromkeys(moe.router for moe in moes(model))
+    for i, (router, of_parts) in enumerate(zip(each_router, zip(*seen))):
         router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
     losses["grad_norm"] = norm
     return SimpleNamespace(sums=sums, losses=losses, routings=routings, stop=bool(sums["stop"]))
@@ -444,11 +445,6 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
 def precision(settings, device):
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
-
-
-def once(routings):
-    """The routings of {block: Routing}, each once: blocks may share one."""
-    return list(dict.fromkeys(routings.values()))
 
 
 def add(sums, values):
@@ -518,7 +514,7 @@ def evaluate(settings, data, model, split):
     """Metrics over a whole split, cross-entropy alone, without noise; and its routings' signs."""
     model.eval()
     sums, loads, signs, batches = {}, {}, {}, 0
-    for batch in waiting(data.split(split), f"evaluating on {split}"):
+    for batch in tqdm(data.split(split), f"evaluating on {split}", leave=False, dynamic_ncols=True):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
         add(sums, numbers(counts | {"loss": loss * counts["count"]}))
@@ -600,10 +596,6 @@ def about(settings, device):
 def show(bar, line):
     named = ("loss", "top1", "miou", "bits_per_byte")
     bar.set_postfix({name: f"{line[name]:.3g}" for name in named if name in line})
-
-
-def waiting(batches, what):
-    return tqdm(batches, desc=what, leave=False, dynamic_ncols=True)
 
 
 # ================================================================ Later: the table
@@ -806,7 +798,8 @@ def specialisation(settings, data, model):
     """
     model.eval()
     gathered, start = {}, 0
-    for batch in waiting(data.split(TASKS[settings.task].EXAMINED), "examining experts"):
+    batches = data.split(TASKS[settings.task].EXAMINED)
+    for batch in tqdm(batches, "examining experts", leave=False, dynamic_ncols=True):
         with torch.no_grad(), precision(settings, data.device):
             routings = data.loss(model, batch)[2]
         for key, parts in examine(data, batch, start, routings).items():
@@ -1540,9 +1533,8 @@ def bench(said):
     """
     sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
     sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
-    options = {name: value for name, value in said.items() if name in OPTIONS}
     for name in said:
-        if name not in sizes | options:
+        if name not in sizes | OPTIONS:
             raise ValueError(f"{flag(name)} means nothing beside --bench")
     b = SimpleNamespace(**(sizes | said))
     if b.router not in (*ROUTERS, "all"):
@@ -1554,7 +1546,7 @@ def bench(said):
     b.device = pick_device(b)
     measured = []
     for name in ROUTERS if b.router == "all" else [b.router]:
-        measured.append(bench_router(b, name, options))
+        measured.append(bench_router(b, name, said))
     if b.out:
         save(pathlib.Path(b.out), measured)
     rows = []
@@ -1571,10 +1563,10 @@ def bench(said):
     print(table(rows))
 
 
-def bench_router(b, name, options):
+def bench_router(b, name, said):
     """Times of one router's layer and of what it is held against; ms are medians of the rounds."""
     known = ROUTERS[name].defaults
-    options = {option: value for option, value in options.items() if option in known}
+    options = {option: value for option, value in said.items() if option in known}
     if "tokens" in known:
         options["tokens"] = b.group_size
     router = build_router(name, b.dim, b.experts, **options)
@@ -1629,13 +1621,10 @@ def timed(b, call, x):
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def unpack(tensor):
-        return tensor
-
     synchronize = getattr(torch, b.device.type).synchronize
     synchronize()
     start = time.perf_counter()
-    with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         y = call(x)
     y.sum().backward()
     synchronize()
@@ -1798,30 +1787,26 @@ def one_line(error):
 def main(words=None):
     """Run the command line; returns the exit status. Errors are one line, status 2."""
     keep_memory()
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
-    try:
-        with process_group():
-            if processes()[0]:
-                sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
-            return command(words)
-    except KeyboardInterrupt:
-        print("interrupted; what was written before stays", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
-        why, kind = one_line(error), type(error).__name__
-        if not isinstance(error, (ValueError, OSError)):
-            if not re.search("memory|alloc|overflow|too large", why + kind, re.I):
-                raise
-            why = f"these sizes do not fit into memory: {why[:200]}"
-        print(f"train.py: error: {why}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = streams
+    with redirect_stdout(Outlet(sys.stdout)), redirect_stderr(Outlet(sys.stderr)):
+        try:
+            with process_group():
+                if processes()[0]:
+                    sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
+                return command(words)
+        except KeyboardInterrupt:
+            print("interrupted; what was written before stays", file=sys.stderr)
+            return 130
+        except FloatingPointError as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return 1
+        except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+            why, kind = one_line(error), type(error).__name__
+            if not isinstance(error, (ValueError, OSError)):
+                if not re.search("memory|alloc|overflow|too large", why + kind, re.I):
+                    raise
+                why = f"these sizes do not fit into memory: {why[:200]}"
+            print(f"train.py: error: {why}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 def command(words):
