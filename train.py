@@ -571,10 +571,10 @@ def tell(settings, data, model, summary, joints):
     rows = []
     for block, labels in summary["specialisation"].items():
         for label, values in labels.items():
-            row_of = {"block": str(block), "experts know of": label}
+            texts = {"block": str(block), "experts know of": label}
             for head, value in zip(("NMI", "by chance", "95 % of chance"), values):
-                row_of[head] = f"{value:.3f}"
-            rows.append(row_of)
+                texts[head] = f"{value:.3f}"
+            rows.append(texts)
     if rows:
         print(table(rows))
     words = data.tell(model, joints)
@@ -645,7 +645,6 @@ def cells(summary, task, known):
 
 def spell_cell(values, decimals, spread):
     """One column of a row as text: values as cells() gives them, one a run."""
-
     if None in values or [] in values:
         return "-"
     between = " ± "
@@ -705,12 +704,12 @@ def results(folder):
         entries.append(entry)
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     rank(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
-    shown = table([entry.texts for entry in entries])
     same = []
     for name in ("task", "size", "data", "steps", "batch_size", "lr"):
         values = {spell_setting(done, name) for done in runs}
         if len(values) == 1 and values != {"-"}:
             same.append(f"{flag(name)} {values.pop()}")
+    shown = table([entry.texts for entry in entries])
     shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
     save(pathlib.Path(folder) / "results.md", shown + "\n")
     save(pathlib.Path(folder) / "report.html", grid_page(entries, shown))
@@ -819,10 +818,7 @@ def specialisation(settings, data, model):
 
 
 def examine(data, batch, start, routings):
-    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens.
-
-    unit: the number of the document, image or token that the label belongs to, as a whole.
-    """
+    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens."""
     found = {}
     for name, (label, unit, names) in data.labels(batch, start).items():
         (B, T), labelled = label.shape, label >= 0
@@ -1055,7 +1051,7 @@ def heat_map(heading, joint, names):
 
 def svg_text(x, y, words, anchor="start", more=""):
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f"<text {place} {more}>{escape(str(words))}</text>"
+    return f"<text {place} {more}>{escape(words)}</text>"
 
 
 def hue(i, count):
@@ -1078,6 +1074,10 @@ def picture(folders, path, count=5):
 
 
 # ================================================================ Later: runs that survive
+VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__}
+VERSIONS["python"] = platform.python_version()
+
+
 class Record:
     """The folder of a run. As a context, it keeps other processes out of the folder."""
 
@@ -1129,8 +1129,8 @@ class Record:
                 raise ValueError("metrics.jsonl is shorter than at the checkpoint")
             model.load_state_dict(checkpoint["model"])
             load_optimizer(optimizer, checkpoint["optimizer"])
-        if made_by != versions():
-            note = f"the checkpoint is of {made_by}, this is {versions()}"
+        if made_by != VERSIONS:
+            note = f"the checkpoint is of {made_by}, this is {VERSIONS}"
             print(f"{note}: it goes on, not bit for bit", file=sys.stderr)
         return self.saved
 
@@ -1144,7 +1144,7 @@ class Record:
         for name, content in data.files().items():
             save(self.folder / name, content)
         config = {"said": self.said, "settings": vars(self.settings), "device": device.type}
-        config |= {"threads": torch.get_num_threads(), "processes": processes()[1]} | versions()
+        config |= {"threads": torch.get_num_threads(), "processes": processes()[1]} | VERSIONS
         save(self.folder / "config.json", config)
         self.lines = open(self.folder / "metrics.jsonl", "r+b" if self.saved else "wb")
         self.lines.truncate(self.end)
@@ -1162,7 +1162,7 @@ class Record:
             content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             os.fsync(self.lines.fileno())  # before a checkpoint that counts on these lines
             content |= {"step": step, "metrics_end": self.lines.tell(), "seconds": self.seconds()}
-            content |= {"settings": of_result(self.settings), "versions": versions()}
+            content |= {"settings": of_result(self.settings), "versions": VERSIONS}
             save(self.folder / "checkpoint.pt", content)
         self.saved = step
 
@@ -1214,11 +1214,6 @@ def locked(folder):
 def of_result(settings):
     """The settings that decide what a run computes."""
     return {name: value for name, value in vars(settings).items() if name not in FREE}
-
-
-def versions():
-    python = platform.python_version()
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": python}
 
 
 def save(path, content):
@@ -1638,11 +1633,10 @@ def number_parser(rule, low, high, kind=float):
 
     def parse_number(text):
         value = kind(text)
-        if value > high:
-            raise argparse.ArgumentTypeError(f"must be {rule}, at most {high:,}, got {text}")
-        if not value >= low:  # nor NaN
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
+        if low <= value <= high:
+            return value
+        most = f", at most {high:,}" if value > high else ""
+        raise argparse.ArgumentTypeError(f"must be {rule}{most}, got {text}")
 
     parse_number.__name__ = "whole number" if kind is int else "number"  # in argparse's messages
     return parse_number
@@ -1734,14 +1728,13 @@ def add_flag(group, name, kind, default, what):
         what += f" ({shown})"
     elif default is not None and default is not False and default != "":
         what += f" ({default})"
-    what = what.replace("%", "%%")
     if kind is bool:
-        group.add_argument(flag(name), help=what, action=argparse.BooleanOptionalAction)
+        how = dict(action=argparse.BooleanOptionalAction)
     elif isinstance(kind, tuple):
-        group.add_argument(flag(name), help=what, nargs="+", choices=kind)
+        how = dict(nargs="+", choices=kind)
     else:
-        shown = name.split("_")[-1].upper()
-        group.add_argument(flag(name), help=what, nargs="+", type=KINDS[kind], metavar=shown)
+        how = dict(nargs="+", type=KINDS[kind], metavar=name.split("_")[-1].upper())
+    group.add_argument(flag(name), help=what.replace("%", "%%"), **how)
 
 
 def parse(words):
