@@ -297,7 +297,7 @@ def make_router(settings, tokens=1):
 def pick_device(settings):
     """The device; also sets the type of number that torch uses from here on."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
-    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).device_count()]
     name = here[0] if settings.device == "auto" else settings.device
     if name not in here:
         raise ValueError(f"--device {name}: this machine has none; there is {', '.join(here)}")
@@ -1539,22 +1539,20 @@ def bench(said):
     if b.out:
         save(pathlib.Path(b.out), "")  # fails now rather than after all the timing
     b.device = pick_device(b)
-    measured = []
+    measured, rows = [], []
     for name in ROUTERS if b.router == "all" else [b.router]:
         measured.append(bench_router(b, name, said))
-    if b.out:
-        save(pathlib.Path(b.out), measured)
-    rows = []
-    for times in measured:
-        ratio, kept = times["ratio"], times["MiB"]
-        line = {"router": times["router"], "ms": f"{times['ms']['layer']:.1f}"}
+        ms, ratio, kept = measured[-1]["ms"], measured[-1]["ratio"], measured[-1]["MiB"]
+        line = {"router": name, "ms": f"{ms['layer']:.1f}"}
         for what in "dense", "bare experts", "tensor form":
             line["/ " + what] = f"{ratio[what]:.2f}" if what in ratio else "-"
         line["MiB kept"], line["dense MiB"] = f"{kept['layer']:.0f}", f"{kept['dense']:.0f}"
         rows.append(line)
-    sizes = f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}"
+    if b.out:
+        save(pathlib.Path(b.out), measured)
+    shape = f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}"
     place = f"{b.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{sizes}, {b.experts} experts; {place}, median of {b.repeats}")
+    print(f"{shape}, {b.experts} experts; {place}, median of {b.repeats}")
     print(table(rows))
 
 
