@@ -39,7 +39,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,8 +144,7 @@ def run(said, folder=None, resume=False):
     """
     settings = settle(said)
     device = pick_device(settings)
-    task = TASKS[settings.task]
-    data = task.load(settings, device, folder if resume else None)
+    data = TASKS[settings.task].load(settings, device, folder if resume else None)
     model = build(settings, data, device)
     gflops = measure_flops(settings, data, model)
     optimizer = make_optimizer(settings, model, device)
@@ -204,11 +203,10 @@ def settle(said):
 
 def filled(said):
     """Every setting: as said, else by the router's recipe, the size, or the tables' default."""
-    values = {name: default for name, (_, default, _) in SETTINGS.items()}
-    mode = values | said  # the defaults of the rest depend on task, router and size
-    task, kind = TASKS[mode["task"]], ROUTERS.get(mode["router"])
-    for name, (_, default, _) in task.SETTINGS.items():
-        values[name] = default
+    task = TASKS[said.get("task", SETTINGS["task"][1])]
+    values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
+    mode = values | said  # the rest depends on its router and size
+    kind = ROUTERS.get(mode["router"])
     values |= task.SIZES[mode["size"]] | options_of(kind)
     if kind:
         values |= {name: value for name, value in kind.recipe.items() if name in values}
@@ -482,9 +480,7 @@ def evenness(load):
 @torch.no_grad()
 def check_sound(data, model, step):
     """FloatingPointError for weights that are not finite, or whose loss is not: never save them."""
-    finite = True
-    for tensor in model.state_dict().values():
-        finite = finite and bool(torch.isfinite(tensor).all())
+    finite = all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
     model.eval()
     batch = data.batch(step - 1, part=slice(0, 8))
     loss = data.loss(model, batch)[0] if finite else math.nan
@@ -963,7 +959,7 @@ def smoothed(line, width=0.02):
     reach = round(width * len(line))
     means = []
     for i, (x, _) in enumerate(line):
-        near = [y for _, y in line[max(0, i - reach) : i + reach + 1]]
+        _, near = zip(*line[max(0, i - reach) : i + reach + 1])
         means.append((x, float(np.mean(near))))
     return means
 
@@ -1321,12 +1317,10 @@ def read_lines(folder):
     """The training lines of metrics.jsonl; one that is damaged is left out."""
     lines = []
     for text in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
-        try:
+        with suppress(ValueError, RecursionError):
             line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and "split" not in line and isinstance(line.get("step"), int):
-            lines.append(line)
+            if isinstance(line, dict) and "split" not in line and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -1438,9 +1432,8 @@ def mean_over_processes(value):
 def whole_noise(logits):
     """Of the noise of the whole batch, drawn alike everywhere, this process's part."""
     rank, size = processes()
-    G = len(logits)
-    whole = logits.new_empty(size * G, *logits.shape[1:])
-    return torch.randn_like(whole)[rank * G : (rank + 1) * G]
+    whole = logits.new_empty(size * len(logits), *logits.shape[1:])
+    return torch.randn_like(whole).chunk(size)[rank]
 
 
 # ================================================================ Later: grids
@@ -1655,9 +1648,9 @@ def path_text(text):
 
 
 def router_name(text):
-    if text not in ("dense", "all", *ROUTERS):
-        known = ", ".join(("dense", *ROUTERS))
-        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {known}")
+    known = "dense", *ROUTERS
+    if text not in (*known, "all"):
+        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {', '.join(known)}")
     return text
 
 
@@ -1696,7 +1689,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.description, _ = __doc__.split("\n", 1)
+    parser.description = __doc__.splitlines()[0]
     grids = "A flag with several values, or --router all, makes a grid of runs and one table."
     parser.epilog = grids
     options, kinds = {}, CHOICES | {"capacity_factor": "capacity"}
