@@ -205,7 +205,7 @@ def filled(said):
     """Every setting: as said, else by the router's recipe, the size, or the tables' default."""
     task = TASKS[said.get("task", SETTINGS["task"][1])]
     values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
-    mode = values | said  # the rest depends on its router and size
+    mode = values | said  # its router and size set more defaults
     kind = ROUTERS.get(mode["router"])
     values |= task.SIZES[mode["size"]] | options_of(kind)
     if kind:
@@ -432,7 +432,7 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
     optimizer.step()
     optimizer.zero_grad()
-    # Blocks that share a router share its routing, so both are in the order of the blocks.
+    # Blocks that share a router share its routing: routers and routings come in one order.
     each_router = dict.fromkeys(moe.router for moe in moes(model))
     for i, (router, of_parts) in enumerate(zip(each_router, zip(*seen))):
         router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
@@ -1573,11 +1573,8 @@ def bench_router(b, name, said):
         routing = moe.router(z)
         return Routing(*routing.tensors(), routing.load).run(z, moe.experts)
 
-    calls = {
-        "layer": (run_layer, x),
-        "dense": (dense, x.new_empty(filled, D).normal_()),
-        "bare experts": (moe.experts, slots),
-    }
+    calls = {"layer": (run_layer, x), "dense": (dense, x.new_empty(filled, D).normal_())}
+    calls["bare experts"] = moe.experts, slots
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
     seconds, kept = {}, {}
