@@ -22,7 +22,6 @@ checkpoint.pt, summary.json and report.html.
 """
 
 import argparse
-import collections
 import ctypes
 import datetime
 import gc
@@ -40,7 +39,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,7 +124,6 @@ BENCH = {  # with --bench
     "group_size": ("whole", 256, "tokens in a group of them"),
     "repeats": ("whole", 9, "rounds that are timed"),
 }
-MODES = ("task", "router", "size")  # the defaults of all others depend on these
 ACTIONS = {
     "eval": ("path", None, "evaluate a finished run again, then stop"),
     "sample": ("path", None, "write text with a finished run of --task tokens, then stop"),
@@ -133,6 +131,7 @@ ACTIONS = {
     "resume": ("path", None, "go on with a stopped run; steps, device, intervals may change"),
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
+BESIDE = {"table": (), "eval": ("device",), "sample": ("device", "seed", "task", *SAMPLING)}
 FREE = {"device", "out", "log_every", "save_every"}  # they change no result
 
 
@@ -145,8 +144,7 @@ def run(said, folder=None, resume=False):
     """
     settings = settle(said)
     device = pick_device(settings)
-    task = TASKS[settings.task]
-    data = task.load(settings, device, folder if resume else None)
+    data = TASKS[settings.task].load(settings, device, folder if resume else None)
     model = build(settings, data, device)
     gflops = measure_flops(settings, data, model)
     optimizer = make_optimizer(settings, model, device)
@@ -154,10 +152,11 @@ def run(said, folder=None, resume=False):
     with Record(settings, said, folder) as record:
         step = record.restore(model, optimizer) if resume else 0
         record.begin(data, device)
-        say(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
+        print(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
         trained = wrap(settings, model)
         stop = False
-        with signals() as caught, progress(settings, step) as bar:
+        bar = tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
+        with signals() as caught, bar:
             while step < settings.steps and not stop:
                 last = step + 1 == settings.steps
                 due = last or (step + 1) % settings.log_every == 0
@@ -175,7 +174,7 @@ def run(said, folder=None, resume=False):
             stop = bool(total({"stop": len(caught)}, device)["stop"])  # one may have come since
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
-            say(f"{done}; --resume {record.folder} goes on from there")
+            print(f"{done}; --resume {record.folder} goes on from there")
             return 128 + (caught or [signal.SIGTERM])[0]  # none: another process caught it
         spent = record.spent()
         if processes()[0] == 0:
@@ -183,18 +182,15 @@ def run(said, folder=None, resume=False):
             summary |= spent | {"gflops": gflops}
             record.finish(summary, report_page(settings, data, model, summary, joints, record))
             tell(settings, data, model, summary, joints)
-            say(f"-> {record.folder}/report.html")
+            print(f"-> {record.folder}/report.html")
     return 0
 
 
 # ---------------------------------------------------------------- what `run` calls, in that order
 def settle(said):
-    """What was said, {setting: value} -> every setting of the run, filled in and checked.
-
-    ValueError for settings that clash, or that mean nothing beside the others.
-    """
+    """{setting: value} as said -> every setting; ValueError where they clash or mean nothing."""
     settings = filled(said)
-    default = filled({name: said[name] for name in MODES if name in said})
+    default = filled(dict(task=settings.task, router=settings.router, size=settings.size))
     for name, why in unused(said).items():  # to say aloud what holds anyway does no harm
         if not hasattr(default, name) or said[name] != getattr(default, name):
             raise ValueError(why)
@@ -207,17 +203,15 @@ def settle(said):
 
 def filled(said):
     """Every setting: as said, else by the router's recipe, the size, or the tables' default."""
-    values = {name: said.get(name, SETTINGS[name][1]) for name in MODES}
-    task, kind = TASKS[values["task"]], ROUTERS.get(values["router"])
-    for name, (_, default, _) in (SETTINGS | task.SETTINGS).items():
-        values.setdefault(name, default)
-    values |= task.SIZES[values["size"]] | options_of(kind)
+    task = TASKS[said.get("task", SETTINGS["task"][1])]
+    values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
+    mode = values | said  # its router and size set more defaults
+    kind = ROUTERS.get(mode["router"])
+    values |= task.SIZES[mode["size"]] | options_of(kind)
     if kind:
         values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
-        values["balance"] = (
-            "none"  # such a gate learns nothing, so there is nothing to balance with
-        )
+        values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     return SimpleNamespace(**(values | said))
 
 
@@ -233,20 +227,20 @@ def unused(said):
     settings = filled(said)
     found = {}  # reasons by setting, said or not; the last line keeps those that were said
     name, task = settings.router, TASKS[settings.task]
-    kind = ROUTERS.get(name)
-    options, offered = options_of(kind), kind.offers if kind else ()
-    has = f"; it has {', '.join(sorted(options))}"
+    options, offered = options_of(ROUTERS.get(name)), ()
+    if name == "dense":
+        found["expert_init"] = "--expert-init is for experts; --router dense has none"
+    else:
+        found["dense_match"] = f"--dense-match is for --router dense, not {name}"
+        offered = ROUTERS[name].offers
     offers = f"; it offers {', '.join(offered)}" if offered else ""
     for setting in said:
         if setting in OPTIONS and setting not in options:
-            found[setting] = f"{flag(setting)} is no option of --router {name}{has}"
+            has = f"it has {', '.join(sorted(options))}"
+            found[setting] = f"{flag(setting)} is no option of --router {name}; {has}"
         elif setting not in SETTINGS | task.SETTINGS | options:
             found[setting] = f"{flag(setting)} is no setting of --task {settings.task}"
     found |= task.unused(settings)
-    if kind:
-        found["dense_match"] = f"--dense-match is for --router dense, not {name}"
-    else:
-        found["expert_init"] = "--expert-init is for experts; --router dense has none"
     if name in ("dense", "hash", "soft"):
         found["router_lr"] = f"--router-lr is for routers with a gate, not {name}"
     for loss in BALANCE[settings.balance]:
@@ -283,8 +277,7 @@ def check(settings, said):
         if "bias_rate" in said:
             raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
         s.bias_rate = 1e-3  # as in 2408.15664
-    parts = s.grad_accum * processes()[1]
-    if s.batch_size % parts:
+    if s.batch_size % (s.grad_accum * processes()[1]):
         rule = f"--grad-accum must divide --batch-size {s.batch_size}"
         raise ValueError(f"{rule}, got {s.grad_accum} in {processes()[1]} process(es)")
 
@@ -302,11 +295,7 @@ def make_router(settings, tokens=1):
 def pick_device(settings):
     """The device; also sets the type of number that torch uses from here on."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
-    here = ["cpu"]
-    if torch.backends.mps.is_available():
-        here.insert(0, "mps")
-    if torch.cuda.is_available():
-        here.insert(0, "cuda")
+    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).device_count()]
     name = here[0] if settings.device == "auto" else settings.device
     if name not in here:
         raise ValueError(f"--device {name}: this machine has none; there is {', '.join(here)}")
@@ -341,8 +330,10 @@ def ffn(dim, width):
 
 def check_memory(settings, data, model, device):
     """ValueError for settings that cannot fit into a CPU's memory, before anything is filled."""
-    if device.type != "cpu":
-        return
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return  # unknown
     examples = settings.batch_size // settings.grad_accum // processes()[1]
     count = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
     count += examples * data.tokens * settings.dim * 4 * settings.depth
@@ -350,16 +341,9 @@ def check_memory(settings, data, model, device):
         slots = moe.router.num_experts * (moe.router.capacity(data.tokens) or 1)
         count += 2 * examples * slots * settings.hidden
     wanted = count * torch.get_default_dtype().itemsize / 1e9
-    if wanted > memory_gb():
-        has = f"this machine has {memory_gb():,.0f} GB"
+    if device.type == "cpu" and wanted > memory:
+        has = f"this machine has {memory:,.0f} GB"
         raise ValueError(f"these sizes need at least {wanted:,.0f} GB of memory, {has}")
-
-
-def memory_gb():
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (AttributeError, ValueError, OSError):
-        return math.inf  # unknown
 
 
 @torch.no_grad()
@@ -383,14 +367,16 @@ def make_optimizer(settings, model, device):
     bare = {"params": [], "weight_decay": 0.0, "factor": 1.0}
     gates = {"params": [], "weight_decay": 0.0, "factor": settings.router_lr}
     for name, parameter in model.named_parameters():
-        group = bare if parameter.ndim < 2 or name in spared else weights
+        group = weights
         if ".router." in name:
             group = gates
+        elif parameter.ndim < 2 or name in spared:
+            group = bare
         if parameter.requires_grad:
             group["params"].append(parameter)
-    parts = [weights, bare, gates]
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(parts, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
+    groups = [weights, bare, gates]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
 
 
 def learning_rate(settings, step):
@@ -405,9 +391,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     """One optimiser step: forward and backward of each part of the batch, clip, step, update.
 
     Returns sums (for data.metrics), losses (of the routers), the last part's routings {block:
-    Routing}, and stop, whether a process has caught a signal. due: also the norm of the routers'
-    gradients, for the log. FloatingPointError, before any weight moves, for a loss or gradient that
-    is not finite.
+    Routing}, and stop: has a process caught a signal? due: the log wants the norms of the routers'
+    gradients. FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
     for group in optimizer.param_groups:
@@ -420,16 +405,20 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     parts = parts_of_batch(settings)
     for i, part in enumerate(parts):
         batch = data.batch(step, part=part)
-        with precision(settings, data.device), unsynchronised(model, i + 1 < len(parts)):
+        wait = i + 1 < len(parts) and hasattr(model, "no_sync")  # processes sum gradients once
+        with precision(settings, data.device), model.no_sync() if wait else nullcontext():
             loss, counts, routings = data.loss(model, batch)
-            objective = loss
-            for name, value in router_losses(routings).items():
+            objective, of_routers = loss, {}
+            distinct = list(dict.fromkeys(routings.values()))  # blocks may share one
+            for routing in distinct:
+                add(of_routers, routing.losses)
+            for name, value in of_routers.items():
                 if weights.get(name):
                     objective = objective + weights[name] * value
                 add(losses, {name: value.detach() / len(parts)})
         (objective / len(parts)).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
-        seen.append(once(routings))
+        seen.append(distinct)
     if due:
         for moe, routing in zip(moes(model), routings.values()):
             gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
@@ -438,17 +427,15 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     sums = total(sums | {"stop": len(caught)}, data.device)
     losses = total(losses, data.device, share=processes()[1])
     if not torch.isfinite(norm + sums["loss"]):
-        raise FloatingPointError(
-            f"step {step + 1}: loss {float(sums['loss'] / sums['count']):.3g}, gradient norm "
-            f"{float(norm):.3g}; per block {json.dumps(statistics(routings))}"
-        )
+        told = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
+        blocks = json.dumps(statistics(routings))
+        raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    # In the order of once(routings): blocks that share a router share its routing.
-    distinct = dict.fromkeys(moe.router for moe in moes(model))
-    for i, router in enumerate(distinct):
-        generator = seeded(settings.seed, step + 1, "router", i)
-        router.update([of_part[i] for of_part in seen], generator)
+    optimizer.zero_grad()
+    # Blocks that share a router share its routing: routers and routings come in one order.
+    each_router = dict.fromkeys(moe.router for moe in moes(model))
+    for i, (router, of_parts) in enumerate(zip(each_router, zip(*seen))):
+        router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
     losses["grad_norm"] = norm
     return SimpleNamespace(sums=sums, losses=losses, routings=routings, stop=bool(sums["stop"]))
 
@@ -456,19 +443,6 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
 def precision(settings, device):
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
-
-
-def router_losses(routings):
-    """{name: the sum over all blocks}; blocks that share a routing count it once."""
-    losses = {}
-    for routing in once(routings):
-        add(losses, routing.losses)
-    return losses
-
-
-def once(routings):
-    """The routings of {block: Routing}, each once: blocks may share one."""
-    return list({id(routing): routing for routing in routings.values()}.values())
 
 
 def add(sums, values):
@@ -481,11 +455,7 @@ def moes(model):
 
 
 def statistics(routings):
-    """The signs of a router's health, {block: {sign: number}}; what stands here is also drawn.
-
-    load max/mean; experts that got nothing; the share of tokens in no slot; slots a token sits in;
-    entropy of the gates, 1 = uniform; in training, the norm of the router's gradient.
-    """
+    """{block: {sign: number}} of a router's health: SIGNS says it in words, and all are drawn."""
     found = {}
     for block, routing in routings.items():
         counts = routing.counts()
@@ -510,16 +480,13 @@ def evenness(load):
 @torch.no_grad()
 def check_sound(data, model, step):
     """FloatingPointError for weights that are not finite, or whose loss is not: never save them."""
-    finite = True
-    for tensor in model.state_dict().values():
-        finite = finite and bool(torch.isfinite(tensor).all())
+    finite = all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
     model.eval()
     batch = data.batch(step - 1, part=slice(0, 8))
     loss = data.loss(model, batch)[0] if finite else math.nan
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step}: the new weights are not finite, or their loss is not"
-        )
+        rule = "the new weights are not finite, or their loss is not"
+        raise FloatingPointError(f"step {step}: {rule}")
 
 
 def conclude(settings, data, model, device):
@@ -543,13 +510,13 @@ def evaluate(settings, data, model, split):
     """Metrics over a whole split, cross-entropy alone, without noise; and its routings' signs."""
     model.eval()
     sums, loads, signs, batches = {}, {}, {}, 0
-    for batch in waiting(data.split(split), f"evaluating on {split}"):
+    for batch in tqdm(data.split(split), f"evaluating on {split}", leave=False, dynamic_ncols=True):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
         add(sums, numbers(counts | {"loss": loss * counts["count"]}))
         for block, of_block in statistics(routings).items():
             add(signs.setdefault(block, {}), of_block)
-        add(loads, {block: routing.load for block, routing in routings.items()})
+            add(loads, {block: routings[block].load})
         batches += 1
     blocks = {}
     for block, of_block in signs.items():
@@ -569,13 +536,11 @@ def numbers(values):
 def dropless(model):
     """Inside, no token is dropped where tokens or thresholds choose; yields: does that differ?"""
     before = {}
-    for moe in moes(model):
-        router, factor = moe.router, moe.router.options.capacity_factor
+    for router in {moe.router for moe in moes(model)}:
+        factor, room = router.options.capacity_factor, float(router.num_experts)
         if router.chooses in ("tokens", "threshold") and factor is not None:
             before[router] = factor
-    for router in before:
-        room = None if router.chooses == "tokens" else float(router.num_experts)
-        router.options.capacity_factor = room
+            router.options.capacity_factor = None if router.chooses == "tokens" else room
     try:
         yield bool(before)
     finally:
@@ -598,18 +563,19 @@ def parameters(model, data):
 
 def tell(settings, data, model, summary, joints):
     """Print what a run found."""
-    say(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
+    print(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
     rows = []
-    heads = "NMI", "by chance", "95 % of chance"
     for block, labels in summary["specialisation"].items():
         for label, values in labels.items():
-            texts = {head: f"{value:.3f}" for head, value in zip(heads, values)}
-            rows.append({"block": str(block), "experts know of": label, **texts})
+            texts = {"block": str(block), "experts know of": label}
+            for head, value in zip(("NMI", "by chance", "95 % of chance"), values):
+                texts[head] = f"{value:.3f}"
+            rows.append(texts)
     if rows:
-        say(table(rows))
+        print(table(rows))
     words = data.tell(model, joints)
     if words:
-        say(words)
+        print(words)
 
 
 def title(settings):
@@ -623,41 +589,25 @@ def about(settings, device):
     return words
 
 
-def say(text):
-    print(text, flush=True)
-
-
-def progress(settings, step):
-    return tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
-
-
-def waiting(batches, what):
-    return tqdm(batches, desc=what, leave=False, dynamic_ncols=True)
-
-
 def show(bar, line):
     named = ("loss", "top1", "miou", "bits_per_byte")
     bar.set_postfix({name: f"{line[name]:.3g}" for name in named if name in line})
 
 
 # ================================================================ Later: the table
-DECIMALS = {  # of a column; 1 where it is not named
-    **dict.fromkeys(
-        ("vocabulary", "parameters", "active", "seconds", "images/s", "sequences/s"), 0
-    ),
-    **dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2),
-    **dict.fromkeys(("bits/byte", "dropless", "as generated"), 3),
-    "GFLOPs": 4,
-}
+DECIMALS = {"GFLOPs": 4}  # of a column; 1 where it is not named
+DECIMALS |= dict.fromkeys(("vocabulary", "parameters", "active", "seconds"), 0)
+DECIMALS |= dict.fromkeys(("images/s", "sequences/s"), 0)
+DECIMALS |= dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2)
+DECIMALS |= dict.fromkeys(("bits/byte", "dropless", "as generated"), 3)
 CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to tell
 KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "topic")
 
 
 def row(summaries, task, known=False):
-    """A row of the table, {column: text}, of the runs of one setting.
+    """A row of the table, {column: text}: mean ± deviation over the runs of one setting.
 
-    A lone run's numbers, or mean ± deviation over the runs. known: also what experts know of
-    labels, NMI less its null's mean, the mean of the blocks.
+    known: also what experts know of labels, NMI less its null's mean, the mean of the blocks.
     """
     of_runs = [cells(summary, task, known) for summary in summaries]
     texts = {}
@@ -691,22 +641,19 @@ def cells(summary, task, known):
 
 def spell_cell(values, decimals, spread):
     """One column of a row as text: values as cells() gives them, one a run."""
-
-    def spell(number):
-        return f"{number:,.{decimals}f}"
-
     if None in values or [] in values:
         return "-"
+    between = " ± "
     if isinstance(values[0], list):
-        return ", ".join(spell(number) for number in np.mean(values, 0))  # one for each block
-    if isinstance(values[0], tuple):
-        if len(values) == 1:
-            return " ± ".join(spell(number) for number in values[0])  # of a lone run, over draws
-        values = [mean for mean, _ in values]
-    text = spell(np.mean(values))
-    if spread and len(values) > 1:
-        text += f" ± {spell(deviation(values))}"
-    return text
+        shown, between = np.mean(values, 0), ", "  # one for each block
+    elif isinstance(values[0], tuple) and len(values) == 1:
+        shown = values[0]  # of a lone run, over draws
+    else:
+        means = [value[0] if isinstance(value, tuple) else value for value in values]
+        shown = [np.mean(means)]
+        if spread and len(values) > 1:
+            shown.append(deviation(means))
+    return between.join(f"{number:,.{decimals}f}" for number in shown)
 
 
 def deviation(values):
@@ -715,76 +662,68 @@ def deviation(values):
 
 def table(rows):
     """Rows of {column: text} as Markdown, columns aligned; none in which nothing stands."""
-    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-
-    def line(row):
-        return "| " + " | ".join(row[name].ljust(width[name]) for name in names) + " |"
-
-    rule = {name: "-" * width[name] for name in names}
-    return "\n".join(map(line, [dict(zip(names, names)), rule, *rows]))
+    columns = []
+    for name in rows[0]:
+        texts = [row[name] for row in rows]
+        if set(texts) != {"-"}:
+            width = max(map(len, [name, *texts]))
+            columns.append([text.ljust(width) for text in (name, "-" * width, *texts)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
 def results(folder):
-    """All finished runs below a folder in one table: printed, and written to results.md there.
-
-    report.html beside it shows the table and the loss curves.
-    """
+    """One table of all finished runs below a folder; results.md and report.html go there."""
     runs, notes = finished(folder)
-    tasks = {done.settings.task for done in runs}
+    tasks = sorted({done.settings.task for done in runs})
     if len(tasks) != 1:
         why = "no finished run (a folder with a summary.json) lies there"
         if tasks:
-            why = f"holds runs of several tasks: {', '.join(sorted(tasks))}"
+            why = f"holds runs of several tasks: {', '.join(tasks)}"
         raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
-    task = TASKS[tasks.pop()]
+    task = TASKS[tasks[0]]
     groups = {}
     for done in runs:  # the runs of one setting, one of each seed
         key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
         groups.setdefault(json.dumps(key, sort_keys=True), {})[done.settings.seed] = done
     axes = axes_of(runs)
     entries = []
-    for group in groups.values():
-        first = next(iter(group.values()))
-        summaries = [done.summary for done in group.values()]
+    for of_seed in groups.values():
+        group = list(of_seed.values())
+        first, summaries = group[0], [done.summary for done in group]
         texts = {"router": title(first.settings)}
         texts |= {name: spell_setting(first, name) for name in axes}
         name = " ".join(text for text in texts.values() if text != "-")  # in the picture's legend
-        entry = SimpleNamespace(name=name)
+        entry = SimpleNamespace(name=name, runs=group)
         texts |= {"recipe": recipe(first.settings, axes), "seeds": str(len(group))}
         entry.texts = texts | row(summaries, task, known=True)
         entry.scores = [score(summary, task) for summary in summaries]
-        entry.lines = [done.lines for done in group.values()]
         entries.append(entry)
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     rank(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
-    shown = table([entry.texts for entry in entries])
     same = []
     for name in ("task", "size", "data", "steps", "batch_size", "lr"):
         values = {spell_setting(done, name) for done in runs}
         if len(values) == 1 and values != {"-"}:
             same.append(f"{flag(name)} {values.pop()}")
+    shown = table([entry.texts for entry in entries])
     shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
     save(pathlib.Path(folder) / "results.md", shown + "\n")
     save(pathlib.Path(folder) / "report.html", grid_page(entries, shown))
-    say(shown)
+    print(shown)
 
 
 def finished(folder):
     """The runs below a folder (settings, said, summary, lines), and notes on what is not whole."""
     runs, notes = [], []
-    for path in sorted(path.parent for path in pathlib.Path(folder).glob("*/config.json")):
+    for config in sorted(pathlib.Path(folder).glob("*/config.json")):
+        path = config.parent
         if not (path / "summary.json").exists():
             notes.append(f"Not finished: {path.name}")
             continue
         try:
-            said = read_said(path)
-            summary = read_json(path / "summary.json")
-            done = SimpleNamespace(settings=settle(said), said=said, summary=summary)
-            row(
-                [summary], TASKS[done.settings.task], known=True
-            )  # raises where something is missing
-            done.lines = read_lines(path)
+            done = SimpleNamespace(said=read_said(path), summary=read_json(path / "summary.json"))
+            done.settings, done.lines = settle(done.said), read_lines(path)
+            row([done.summary], TASKS[done.settings.task], known=True)  # raises if one is missing
             runs.append(done)
         except Exception as error:  # a damaged file fails in many ways; the rest is still a table
             notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
@@ -793,8 +732,9 @@ def finished(folder):
 
 def axes_of(runs):
     """The settings that were said, and differ between runs that have them: a column each."""
-    said = dict.fromkeys(name for done in runs for name in done.said)
-    axes = []
+    said, axes = {}, []
+    for done in runs:
+        said |= done.said
     for name in said:
         values = {spell_setting(done, name) for done in runs} - {"-"}
         if len(values) > 1 and name not in FREE | {"router", "seed"}:
@@ -822,24 +762,17 @@ def recipe(settings, axes):
 
 
 def rank(entries, task, digits):
-    """Fill in the column "to the best" of entries, best first. A leaky one is never the best.
-
-    A difference is a tie if it is at most sqrt(a^2 + b^2), of the two deviations a and b.
-    """
+    """Fill in the column "to the best" of entries, best first. A leaky one is never the best."""
     fair = [entry for entry in entries if "(leaky)" not in entry.texts["router"]]
     best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
-        spread = math.hypot(deviation(entry.scores), deviation(best.scores))
-        if entry is best:
-            verdict = "best"
-        elif min(len(entry.scores), len(best.scores)) == 1:
-            verdict = "one seed"
-        elif abs(gap) <= spread:
+        verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
+        if abs(gap) <= math.hypot(deviation(entry.scores), deviation(best.scores)):
             verdict = "tie"
-        else:
-            verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
-        entry.texts["to the best"] = verdict
+        if min(len(entry.scores), len(best.scores)) == 1:
+            verdict = "one seed"
+        entry.texts["to the best"] = "best" if entry is best else verdict
 
 
 def score(summary, task):
@@ -860,7 +793,8 @@ def specialisation(settings, data, model):
     """
     model.eval()
     gathered, start = {}, 0
-    for batch in waiting(data.split(TASKS[settings.task].EXAMINED), "examining experts"):
+    batches = data.split(TASKS[settings.task].EXAMINED)
+    for batch in tqdm(batches, "examining experts", leave=False, dynamic_ncols=True):
         with torch.no_grad(), precision(settings, data.device):
             routings = data.loss(model, batch)[2]
         for key, parts in examine(data, batch, start, routings).items():
@@ -880,28 +814,24 @@ def specialisation(settings, data, model):
 
 
 def examine(data, batch, start, routings):
-    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens.
-
-    unit: the number of the document, image or token that the label belongs to, as a whole.
-    """
+    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens."""
     found = {}
     for name, (label, unit, names) in data.labels(batch, start).items():
-        labelled = label.flatten() >= 0
+        (B, T), labelled = label.shape, label >= 0
+        sequence = torch.arange(start, start + B)[:, None].expand(B, T)
         for block, routing in routings.items():
             mass = routing.mass().float().cpu()
-            mass = mass.reshape(len(label), -1, mass.shape[-1])
+            mass = mass.reshape(B, -1, mass.shape[-1])
             routed = mass.shape[1]  # in an example: T tokens, or one whole sequence
-            if routed not in (1, label.shape[1]):
-                rule = f"labels of {label.shape[1]} tokens an example do not fit a routing"
+            if routed not in (1, T):
+                rule = f"labels of {T} tokens an example do not fit a routing"
                 raise ValueError(f"{rule} of {routed}")
-            of_routing = unit
-            if unit is not None and routed < len(unit[0].unique()):  # a sequence has many labels,
-                sequence = start + torch.arange(len(label))  # but one routing: it is the unit
-                of_routing = sequence[:, None].expand_as(label)
-            if unit is not None:
-                of_routing = of_routing.flatten()[labelled]
-            mass = mass.expand(*label.shape, mass.shape[-1]).flatten(0, 1)[labelled]
-            found[block, name, tuple(names)] = mass, label.flatten()[labelled], of_routing
+            of_label = None
+            if unit is not None:  # a sequence of many labels but one routing is itself the unit
+                whole = routed < len(unit[0].unique())
+                of_label = (sequence if whole else unit)[labelled]
+            mass = mass.expand(B, T, -1)[labelled]
+            found[block, name, tuple(names)] = mass, label[labelled], of_label
     return found
 
 
@@ -980,14 +910,14 @@ LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a pictur
 
 def report_page(settings, data, model, summary, joints, record):
     """The page of one run, HTML that needs no network."""
-    lines = read_lines(record.folder)
-    texts = row([summary], TASKS[settings.task])
+    texts = {"data": data.about, "seed": settings.seed} | row([summary], TASKS[settings.task])
     body = ["<div class=wide><table>"]
-    for name, text in {"data": data.about, "seed": str(settings.seed), **texts}.items():
+    for name, text in texts.items():
         if text != "-":
             body.append(f"<tr><th>{escape(name)}<td>{escape(text)}")
     body.append("</table></div>")
-    body += ["<h2>Step by step</h2>", "<div class=row>", *health(lines), "</div>"]
+    body += ["<h2>Step by step</h2>", "<div class=row>"]
+    body += [*health(read_lines(record.folder)), "</div>"]
     maps = []
     for block, labels in joints.items():
         for name, (joint, names) in labels.items():
@@ -997,35 +927,39 @@ def report_page(settings, data, model, summary, joints, record):
         body.append("<h2>Where the tokens of each label go</h2>")
         body += [MAPS_SHOW, "<div class=row>", *maps, "</div>"]
     body.append(data.pictures(model, joints))
-    return PAGE.format(
-        title=escape(f"{settings.task}, router {title(settings)}"), body="\n".join(body)
-    )
+    heading = escape(f"{settings.task}, router {title(settings)}")
+    return PAGE.format(title=heading, body="\n".join(body))
 
 
 def grid_page(entries, shown):
     """The page of a grid: its table, and the loss of each row, the mean over its runs."""
     smooth = {}
     for entry in entries:
-        losses = collections.defaultdict(list)
-        for line in itertools.chain(*entry.lines):
-            if "loss" in line:
-                losses[line["step"]].append(line["loss"])
+        losses = {}
+        for done in entry.runs:
+            for line in done.lines:
+                if "loss" in line:
+                    losses.setdefault(line["step"], []).append(line["loss"])
         points = []
         for step, of_runs in losses.items():
-            if len(of_runs) == len(entry.lines):  # a damaged line may be missing
+            if len(of_runs) == len(entry.runs):  # a damaged line may be missing
                 points.append((step, float(np.mean(of_runs))))
         smooth[entry.name] = smoothed(points)
     body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
     body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
-    return PAGE.format(title="Results", body=body + legend(smooth) + "</div>")
+    legend = ""
+    for i, name in enumerate(smooth):
+        mark = f'<span style="color:{hue(i, len(smooth))}">&#9632;</span>'
+        legend += f"<div>{mark} {escape(name)}</div>"
+    return PAGE.format(title="Results", body=f"{body}<div>{legend}</div></div>")
 
 
 def smoothed(line, width=0.02):
     """A line of (x, y), each y the mean of its neighbours within a share of the length."""
-    reach = max(0, round(width * len(line)))
+    reach = round(width * len(line))
     means = []
     for i, (x, _) in enumerate(line):
-        near = [y for _, y in line[max(0, i - reach) : i + reach + 1]]
+        _, near = zip(*line[max(0, i - reach) : i + reach + 1])
         means.append((x, float(np.mean(near))))
     return means
 
@@ -1040,24 +974,20 @@ def health(lines):
     for line in lines:
         for block, signs in line.get("blocks", {}).items():
             for sign, value in signs.items():
-                points = drawn.setdefault(sign, {}).setdefault(f"block {block}", [])
-                points.append((line["step"], value))
+                by_block = drawn.setdefault(sign, {})
+                by_block.setdefault(f"block {block}", []).append((line["step"], value))
     for sign, by_block in drawn.items():
-        pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign)))
+        pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign, ())))
     return pictures
 
 
-def curves(heading, lines, limits=None, width=350, height=210):
+def curves(heading, lines, limits=(), width=350, height=210):
     """An SVG of lines {name: [(x, y), ...]} in one frame. limits: y that must be seen."""
-    xs, ys = [], []
-    for x, y in itertools.chain(*lines.values()):
-        if math.isfinite(y):
-            xs.append(x)
-            ys.append(y)
-    xs, ys = xs or [0, 1], ys or [0, 1]
-    left, right = min(xs), max(xs)
-    low, high = min([*ys, *(limits or ys)]), max([*ys, *(limits or ys)])
-    if not high > low:
+    points = [point for point in itertools.chain(*lines.values()) if math.isfinite(point[1])]
+    xs, ys = zip(*(points or [(0, 0), (1, 1)]))
+    ys += limits
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    if high == low:
         high = low + (abs(low) or 1)
     x0, y0, w, h = 52, 26, width - 64, height - 50
 
@@ -1076,13 +1006,12 @@ def curves(heading, lines, limits=None, width=350, height=210):
         parts.append(svg_text(across(tick), y0 + h + 16, f"{tick:.6g}", "middle"))
     for i, (name, line) in enumerate(lines.items()):
         drawn = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line if math.isfinite(y))
-        dashes = DASHES[i % len(DASHES)]
-        style = f'stroke="{hue(i, len(lines))}" stroke-width="1.5" stroke-dasharray="{dashes}"'
+        ink, dashes = hue(i, len(lines)), DASHES[i % len(DASHES)]
+        style = f'stroke="{ink}" stroke-width="1.5" stroke-dasharray="{dashes}"'
         label = f"<title>{escape(name)}</title>"
         parts.append(f'<polyline points="{drawn}" fill="none" {style}>{label}</polyline>')
         if 1 < len(lines) <= 6:
-            x = x0 + w - 8
-            parts.append(svg_text(x, y0 + 14 + 14 * i, name, "end", f'fill="{hue(i, len(lines))}"'))
+            parts.append(svg_text(x0 + w - 8, y0 + 14 + 14 * i, name, "end", f'fill="{ink}"'))
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
     return f"<svg {style} {size}>{''.join(parts)}</svg>"
@@ -1118,7 +1047,7 @@ def heat_map(heading, joint, names):
 
 def svg_text(x, y, words, anchor="start", more=""):
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f"<text {place} {more}>{escape(str(words))}</text>"
+    return f"<text {place} {more}>{escape(words)}</text>"
 
 
 def hue(i, count):
@@ -1126,23 +1055,12 @@ def hue(i, count):
     return "#444444" if count == 1 else "rgb{}".format(color(i, count, lightness=0.4))
 
 
-def legend(names):
-    rows = []
-    for i, name in enumerate(names):
-        mark = f'<span style="color:{hue(i, len(names))}">&#9632;</span>'
-        rows.append(f"<div>{mark} {escape(name)}</div>")
-    return f"<div>{''.join(rows)}</div>"
-
-
 def escape(text):
     return html.escape(str(text))
 
 
 def picture(folders, path, count=5):
-    """Write a PNG: test images, their patches coloured by expert, one finished run after another.
-
-    Columns of a run: the image, then a column for each block with experts.
-    """
+    """Write a PNG: test images, and beside them, run by run, their patches coloured by expert."""
     parts = []
     for folder in folders:
         _, data, model, _ = load_run(folder)
@@ -1152,11 +1070,12 @@ def picture(folders, path, count=5):
 
 
 # ================================================================ Later: runs that survive
-class Record:
-    """The folder of a run. As a context, it keeps other processes out of the folder.
+VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__}
+VERSIONS["python"] = platform.python_version()
 
-    checkpoint.pt says where metrics.jsonl ended, so that going on cuts it back to there.
-    """
+
+class Record:
+    """The folder of a run. As a context, it keeps other processes out of the folder."""
 
     def __init__(self, settings, said, folder=None):
         self.settings, self.said = settings, said
@@ -1176,7 +1095,6 @@ class Record:
             if self.new and any(self.folder.iterdir()):
                 self.__exit__(None, None, None)  # which `with` calls only after __enter__
                 raise ValueError(f"--out {self.folder} is not empty; choose another folder")
-        self.start = time.perf_counter()
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1198,22 +1116,19 @@ class Record:
                 had = checkpoint["settings"][name]
                 if had != value and name != "steps":
                     raise ValueError(f"it has {flag(name)} {had}, not {value}")
-            step, end = int(checkpoint["step"]), int(checkpoint["metrics_end"])
-            if step > self.settings.steps:
-                raise ValueError(f"it is of step {step}, beyond --steps {self.settings.steps}")
-            if self.writes and (self.folder / "metrics.jsonl").stat().st_size < end:
+            self.saved, self.end = int(checkpoint["step"]), int(checkpoint["metrics_end"])
+            self.before, made_by = float(checkpoint["seconds"]), checkpoint["versions"]
+            most = self.settings.steps
+            if self.saved > most:
+                raise ValueError(f"it is of step {self.saved}, beyond --steps {most}")
+            if self.writes and (self.folder / "metrics.jsonl").stat().st_size < self.end:
                 raise ValueError("metrics.jsonl is shorter than at the checkpoint")
             model.load_state_dict(checkpoint["model"])
             load_optimizer(optimizer, checkpoint["optimizer"])
-            made_by = checkpoint["versions"]
-            self.before = float(checkpoint["seconds"])
-        if made_by != versions():
-            note = (
-                f"the checkpoint is of {made_by}, this is {versions()}: it goes on, not bit for bit"
-            )
-            print(note, file=sys.stderr)
-        self.saved, self.end = step, end
-        return step
+        if made_by != VERSIONS:
+            note = f"the checkpoint is of {made_by}, this is {VERSIONS}"
+            print(f"{note}: it goes on, not bit for bit", file=sys.stderr)
+        return self.saved
 
     def begin(self, data, device):
         """Make this the folder of an unfinished run, metrics.jsonl cut back to the checkpoint."""
@@ -1224,9 +1139,8 @@ class Record:
             (self.folder / "summary.json").unlink(missing_ok=True)
         for name, content in data.files().items():
             save(self.folder / name, content)
-        made_by = {"device": device.type, "threads": torch.get_num_threads()}
-        made_by |= {"processes": processes()[1]} | versions()
-        config = {"said": self.said, "settings": vars(self.settings), **made_by}
+        config = {"said": self.said, "settings": vars(self.settings), "device": device.type}
+        config |= {"threads": torch.get_num_threads(), "processes": processes()[1]} | VERSIONS
         save(self.folder / "config.json", config)
         self.lines = open(self.folder / "metrics.jsonl", "r+b" if self.saved else "wb")
         self.lines.truncate(self.end)
@@ -1244,7 +1158,7 @@ class Record:
             content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             os.fsync(self.lines.fileno())  # before a checkpoint that counts on these lines
             content |= {"step": step, "metrics_end": self.lines.tell(), "seconds": self.seconds()}
-            content |= {"settings": of_result(self.settings), "versions": versions()}
+            content |= {"settings": of_result(self.settings), "versions": VERSIONS}
             save(self.folder / "checkpoint.pt", content)
         self.saved = step
 
@@ -1296,14 +1210,6 @@ def locked(folder):
 def of_result(settings):
     """The settings that decide what a run computes."""
     return {name: value for name, value in vars(settings).items() if name not in FREE}
-
-
-def versions():
-    return {
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def save(path, content):
@@ -1372,16 +1278,14 @@ def read_said(folder):
         said = read_json(pathlib.Path(folder) / "config.json")["said"]
         words = []
         for name, value in said.items():
-            if value is True:
-                words.append(flag(name))
-            elif value is False:
-                words.append("--no-" + flag(name)[2:])
+            if isinstance(value, bool):
+                words.append(flag(name if value else f"no_{name}"))
             else:
                 words.append(f"{flag(name)}={spell(value)}")
-        action, parsed = parse(words)
+        action, lists = parse(words)
         if action is not None:
             raise ValueError("it holds more than settings")
-        parsed = {name: values[0] for name, values in parsed.items()}
+        parsed = {name: values[0] for name, values in lists.items()}
         if parsed != said:
             raise ValueError("it holds values of a wrong type")
         return parsed
@@ -1390,9 +1294,8 @@ def read_said(folder):
 def read_checkpoint(folder):
     """A checkpoint, read without running code in it. ValueError if missing, broken or unsafe."""
     path = pathlib.Path(folder) / "checkpoint.pt"
-    with reading(
-        folder, "was never saved", "holds a checkpoint.pt that cannot be read as a checkpoint"
-    ):
+    broken = "holds a checkpoint.pt that cannot be read as a checkpoint"
+    with reading(folder, "was never saved", broken):
         refuse_pipe(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1403,24 +1306,21 @@ def read_checkpoint(folder):
 def load_optimizer(optimizer, state):
     """load_state_dict, which itself would take numbers of any shape. ValueError for wrong ones."""
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for name, value in optimizer.state[parameter].items():
-                shape = () if name == "step" else parameter.shape
-                if not torch.is_tensor(value) or value.shape != shape:
-                    raise ValueError(f"the optimiser's {name} has a wrong shape")
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            shape = () if name == "step" else parameter.shape
+            if not torch.is_tensor(value) or value.shape != shape:
+                raise ValueError(f"the optimiser's {name} has a wrong shape")
 
 
 def read_lines(folder):
     """The training lines of metrics.jsonl; one that is damaged is left out."""
     lines = []
     for text in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
-        try:
+        with suppress(ValueError, RecursionError):
             line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and "split" not in line and isinstance(line.get("step"), int):
-            lines.append(line)
+            if isinstance(line, dict) and "split" not in line and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -1438,13 +1338,6 @@ def load_run(folder, device="auto"):
     return settings, data, model, summary
 
 
-def evaluate_again(folder, device):
-    """--eval: what the run printed, from its weights."""
-    settings, data, model, before = load_run(folder, device)
-    summary, joints = conclude(settings, data, model, data.device)
-    tell(settings, data, model, before | summary, joints)
-
-
 def sample(folder, asked):
     """--sample: text from a finished run. ValueError for a folder that is none, or cannot write."""
     folder = pathlib.Path(folder)
@@ -1458,33 +1351,32 @@ def sample(folder, asked):
     tokenizer = moe_tokens.Tokenizer.read(folder / "tokenizer.json")
     device = pick_device(settings)
     with reading(folder, "is no run", "cannot be read as a run"):
-        known = SimpleNamespace(tokens=settings.context)
-        known.build = lambda settings, make_feed: moe_tokens.build_gpt(
-            settings, len(tokenizer.pieces), ["any"], make_feed
-        )
-        model = build(settings, known, device)
+
+        def build_model(settings, make_feed):
+            return moe_tokens.build_gpt(settings, len(tokenizer.pieces), ["any"], make_feed)
+
+        data = SimpleNamespace(tokens=settings.context, build=build_model)
+        model = build(settings, data, device)
         model.load_state_dict(checkpoint["model"])
     with dropless(model) as differs:
-        text = moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty())
+        print(moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty()))
     notes = [settings.remark] if settings.remark else []
     if differs:
         notes.append("sampled dropless, trained with a capacity")
     if notes:
-        text += f"\n({'; '.join(notes)})"
-    say(text)
+        print(f"({'; '.join(notes)})")
 
 
 # ================================================================ Later: many processes
 @contextmanager
 def process_group():
     """Inside, this is one of the processes that torchrun started, if it did."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        if not os.environ.get(name, "").isdigit():
-            value = os.environ.get(name)
+        value = os.environ.get(name)
+        if not str(value).isdigit():
             raise ValueError(f"torchrun sets {name} to a whole number, got {name}={value}")
     # Hours: in a grid, the others wait while process 0 evaluates a run.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1517,15 +1409,9 @@ def wrap(settings, model):
 def parts_of_batch(settings):
     """The rows of each part of a batch that this process computes."""
     rank, size = processes()
-    whole = settings.batch_size // settings.grad_accum
-    rows = whole // size
-    starts = [i * whole + rank * rows for i in range(settings.grad_accum)]
+    rows = settings.batch_size // settings.grad_accum // size
+    starts = range(rank * rows, settings.batch_size, size * rows)
     return [slice(start, start + rows) for start in starts]
-
-
-def unsynchronised(model, wait):
-    """Inside, gradients are not yet summed over processes, if they are to wait."""
-    return model.no_sync() if wait and hasattr(model, "no_sync") else nullcontext()
 
 
 def total(values, device, share=1):
@@ -1546,9 +1432,8 @@ def mean_over_processes(value):
 def whole_noise(logits):
     """Of the noise of the whole batch, drawn alike everywhere, this process's part."""
     rank, size = processes()
-    G = len(logits)
-    whole = logits.new_empty(size * G, *logits.shape[1:])
-    return torch.randn_like(whole)[rank * G : (rank + 1) * G]
+    whole = logits.new_empty(size * len(logits), *logits.shape[1:])
+    return torch.randn_like(whole).chunk(size)[rank]
 
 
 # ================================================================ Later: grids
@@ -1599,16 +1484,15 @@ def grid_runs(lists, every):
     meant, idle = set(), {}  # settings that mean something in some cell, and why in others not
     for values in itertools.product(*lists.values()):
         cell = dict(zip(lists, values))
-        router = cell.get("router", SETTINGS["router"][1])
         here = unused(cell)
         idle |= here
         cell = {name: value for name, value in cell.items() if name not in here}
         try:
             settings = settle(cell)
         except ValueError as error:
-            failed.append(f"{router}: {error}")
+            failed.append(f"{filled(cell).router}: {error}")
             if every:
-                say(f"left out: {failed[-1]}")
+                print(f"left out: {failed[-1]}")
                 continue
             at = " ".join(f"{flag(name)} {spell(cell[name])}" for name in axes if name in cell)
             raise ValueError(f"{at}: {error}") from None
@@ -1632,15 +1516,13 @@ def grid_runs(lists, every):
 def bench(said):
     """Forward and backward of one MoE layer, of every router or --router, in a table.
 
-    In the same rounds, against what it could cost at least: a dense FFN of the experts' FLOPs, the
-    experts alone on as many slots, and the tensor (einsum) form. Times are medians after warm-up;
-    "kept" is what the forward leaves for the backward, weights apart.
+    Held against a dense FFN of the experts' FLOPs, the experts alone on as many slots, and the
+    tensor form. Times are medians; "kept" is what a forward leaves for its backward.
     """
     sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
     sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
-    options = {name: value for name, value in said.items() if name in OPTIONS}
     for name in said:
-        if name not in sizes and name not in options:
+        if name not in sizes | OPTIONS:
             raise ValueError(f"{flag(name)} means nothing beside --bench")
     b = SimpleNamespace(**(sizes | said))
     if b.router not in (*ROUTERS, "all"):
@@ -1650,31 +1532,27 @@ def bench(said):
     if b.out:
         save(pathlib.Path(b.out), "")  # fails now rather than after all the timing
     b.device = pick_device(b)
-    measured = []
+    measured, rows = [], []
     for name in ROUTERS if b.router == "all" else [b.router]:
-        measured.append(bench_router(b, name, options))
-    if b.out:
-        save(pathlib.Path(b.out), measured)
-    rows = []
-    for times in measured:
-        ratio, kept = times["ratio"], times["MiB"]
-        line = {"router": times["router"], "ms": f"{times['ms']['layer']:.1f}"}
+        measured.append(bench_router(b, name, said))
+        ms, ratio, kept = measured[-1]["ms"], measured[-1]["ratio"], measured[-1]["MiB"]
+        line = {"router": name, "ms": f"{ms['layer']:.1f}"}
         for what in "dense", "bare experts", "tensor form":
             line["/ " + what] = f"{ratio[what]:.2f}" if what in ratio else "-"
         line["MiB kept"], line["dense MiB"] = f"{kept['layer']:.0f}", f"{kept['dense']:.0f}"
         rows.append(line)
-    say(
-        f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}, "
-        f"{b.experts} experts; {b.device.type}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, median of {b.repeats}"
-    )
-    say(table(rows))
+    if b.out:
+        save(pathlib.Path(b.out), measured)
+    shape = f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}"
+    place = f"{b.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{shape}, {b.experts} experts; {place}, median of {b.repeats}")
+    print(table(rows))
 
 
-def bench_router(b, name, options):
+def bench_router(b, name, said):
     """Times of one router's layer and of what it is held against; ms are medians of the rounds."""
     known = ROUTERS[name].defaults
-    options = {option: value for option, value in options.items() if option in known}
+    options = {option: value for option, value in said.items() if option in known}
     if "tokens" in known:
         options["tokens"] = b.group_size
     router = build_router(name, b.dim, b.experts, **options)
@@ -1695,21 +1573,18 @@ def bench_router(b, name, options):
         routing = moe.router(z)
         return Routing(*routing.tensors(), routing.load).run(z, moe.experts)
 
-    calls = {
-        "layer": (run_layer, x),
-        "dense": (dense, x.new_empty(filled, D).normal_()),
-        "bare experts": (moe.experts, slots),
-    }
+    calls = {"layer": (run_layer, x), "dense": (dense, x.new_empty(filled, D).normal_())}
+    calls["bare experts"] = moe.experts, slots
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
-    seconds, kept = collections.defaultdict(list), {}
+    seconds, kept = {}, {}
     for i in range(b.repeats + 2):
         for what, call in calls.items():
             moe.zero_grad()
             dense.zero_grad()  # each writes its gradients afresh, as after a step
             taken, kept[what] = timed(b, *call)
             if i >= 2:
-                seconds[what].append(taken)
+                seconds.setdefault(what, []).append(taken)
     measured = {"router": name, "options": options, "ms": {}, "ratio": {}, "MiB": {}}
     for what, taken in seconds.items():
         measured["ms"][what] = 1e3 * float(np.median(taken))
@@ -1723,32 +1598,21 @@ def timed(b, call, x):
     x, seen = x.detach().requires_grad_(), {}
 
     def pack(tensor):
-        base = tensor
-        if tensor._base is not None:
-            base = tensor._base
+        base = tensor if tensor._base is None else tensor._base
         if not base.is_leaf or not base.requires_grad:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def unpack(tensor):
-        return tensor
-
-    synchronize(b.device)
+    synchronize = getattr(torch, b.device.type).synchronize
+    synchronize()
     start = time.perf_counter()
-    with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         y = call(x)
     y.sum().backward()
-    synchronize(b.device)
+    synchronize()
     seen.pop(x.untyped_storage().data_ptr(), None)
     return time.perf_counter() - start, sum(seen.values())
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 # ================================================================ Later: the command line
@@ -1757,11 +1621,10 @@ def number_parser(rule, low, high, kind=float):
 
     def parse_number(text):
         value = kind(text)
-        if value > high:
-            raise argparse.ArgumentTypeError(f"must be {rule}, at most {high:,}, got {text}")
-        if not value >= low:  # nor NaN
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
+        if low <= value <= high:
+            return value
+        most = f", at most {high:,}" if value > high else ""
+        raise argparse.ArgumentTypeError(f"must be {rule}{most}, got {text}")
 
     parse_number.__name__ = "whole number" if kind is int else "number"  # in argparse's messages
     return parse_number
@@ -1782,9 +1645,9 @@ def path_text(text):
 
 
 def router_name(text):
-    if text not in ("dense", "all", *ROUTERS):
-        known = ", ".join(("dense", *ROUTERS))
-        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {known}")
+    known = "dense", *ROUTERS
+    if text not in (*known, "all"):
+        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {', '.join(known)}")
     return text
 
 
@@ -1805,17 +1668,6 @@ KINDS = {
 }
 
 
-def option_kind(name, default):
-    """The kind of a router's option, read off its name and default."""
-    if name in CHOICES:
-        return CHOICES[name]
-    if name == "capacity_factor":
-        return "capacity"
-    if isinstance(default, bool):
-        return bool
-    return "at_least_0" if isinstance(default, float) else "whole"
-
-
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -1833,24 +1685,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.epilog = (
-        "A flag with several values, or --router all, makes a grid of runs and one table."
-    )
-    options = {}
+    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.description = __doc__.splitlines()[0]
+    grids = "A flag with several values, or --router all, makes a grid of runs and one table."
+    parser.epilog = grids
+    options, kinds = {}, CHOICES | {"capacity_factor": "capacity"}
     for name, default in OPTIONS.items():
         having = [router for router, kind in ROUTERS.items() if name in kind.defaults]
         what = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
-        options[name] = option_kind(name, default), default, what
-    groups = {
-        "a run": SETTINGS,
-        "images": moe_vision.SETTINGS,
-        "text": moe_tokens.SETTINGS,
-        "router options, for the routers named": options,
-        "instead of a run": ACTIONS,
-        "with --sample": SAMPLING,
-        "with --bench": BENCH,
-    }
+        of_type = {bool: bool, float: "at_least_0"}.get(type(default), "whole")
+        options[name] = kinds.get(name, of_type), default, what
+    groups = {"a run": SETTINGS, "images": moe_vision.SETTINGS, "text": moe_tokens.SETTINGS}
+    groups |= {"router options, for the routers named": options, "instead of a run": ACTIONS}
+    groups |= {"with --sample": SAMPLING, "with --bench": BENCH}
     for heading, settings in groups.items():
         group = parser.add_argument_group(heading)
         for name, (kind, default, what) in settings.items():
@@ -1869,16 +1716,13 @@ def add_flag(group, name, kind, default, what):
         what += f" ({shown})"
     elif default is not None and default is not False and default != "":
         what += f" ({default})"
-    what = what.replace("%", "%%")
     if kind is bool:
-        action = argparse.BooleanOptionalAction
-        group.add_argument(flag(name), action=action, default=argparse.SUPPRESS, help=what)
+        how = dict(action=argparse.BooleanOptionalAction)
     elif isinstance(kind, tuple):
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, choices=kind)
-        group.add_argument(flag(name), **many)
+        how = dict(nargs="+", choices=kind)
     else:
-        many = dict(nargs="+", default=argparse.SUPPRESS, help=what, type=KINDS[kind])
-        group.add_argument(flag(name), **many, metavar=name.split("_")[-1].upper())
+        how = dict(nargs="+", type=KINDS[kind], metavar=name.split("_")[-1].upper())
+    group.add_argument(flag(name), help=what.replace("%", "%%"), **how)
 
 
 def parse(words):
@@ -1887,8 +1731,8 @@ def parse(words):
     lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
     actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
     if len(actions) > 1:
-        raise ValueError(f"one at a time: {', '.join(flag(name) for name in actions)}")
-    return (actions[0] if actions else None), lists
+        raise ValueError(f"one at a time: {', '.join(map(flag, actions))}")
+    return next(iter(actions), None), lists
 
 
 class Outlet:
@@ -1901,12 +1745,7 @@ class Outlet:
 
     def write(self, text):
         try:
-            return self.stream.write(text)
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def flush(self):
-        try:
+            self.stream.write(text)
             self.stream.flush()
         except (OSError, ValueError):
             self.stream = open(os.devnull, "w")
@@ -1929,68 +1768,58 @@ def one_line(error):
 def main(words=None):
     """Run the command line; returns the exit status. Errors are one line, status 2."""
     keep_memory()
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
-    try:
-        with process_group():
-            if processes()[0]:
-                sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
-            return command(words)
-    except KeyboardInterrupt:
-        print("interrupted; what was written before stays", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (RuntimeError, MemoryError, OverflowError) as error:
-        if not re.search(
-            "memory|alloc|overflow|too large", one_line(error) + type(error).__name__, re.I
-        ):
-            raise
-        why = one_line(error)[:200]
-        print(f"train.py: error: these sizes do not fit into memory: {why}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = streams
+    with redirect_stdout(Outlet(sys.stdout)), redirect_stderr(Outlet(sys.stderr)):
+        try:
+            with process_group():
+                if processes()[0]:
+                    sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
+                return command(words)
+        except KeyboardInterrupt:
+            print("interrupted; what was written before stays", file=sys.stderr)
+            return 130
+        except FloatingPointError as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return 1
+        except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+            why, kind = one_line(error), type(error).__name__
+            if not isinstance(error, (ValueError, OSError)):
+                if not re.search("memory|alloc|overflow|too large", why + kind, re.I):
+                    raise
+                why = f"these sizes do not fit into memory: {why[:200]}"
+            print(f"train.py: error: {why}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 def command(words):
     action, lists = parse(words)
     said = {name: values[0] for name, values in lists.items()}
-    grown = any(len(values) > 1 for values in lists.values()) or "all" in lists.get("router", ())
+    several = any(len(values) > 1 for values in lists.values())
+    every = said.get("router") == "all"
     if action is None:
         for name in lists:
-            if name in SAMPLING or name in BENCH:
+            if name in SAMPLING | BENCH:
                 raise ValueError(f"{flag(name)} is for --sample or --bench")
-        return grid(lists) if grown else run(said)
-    if grown and not (action == "bench" and len(lists) == sum(map(len, lists.values()))):
+        return grid(lists) if several or every else run(said)
+    if several or (every and action != "bench"):
         raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
     folder = said.pop(action)
+    for name in said:
+        if action in BESIDE and name not in BESIDE[action]:
+            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
     if action == "bench":
         bench(said)
     elif action == "resume":
         return run(going_on(pathlib.Path(folder), said), pathlib.Path(folder), resume=True)
     elif action == "table":
-        beside(action, said, ())
         results(folder)
-    elif action == "eval":
-        beside(action, said, ("device",))
-        evaluate_again(folder, said.get("device", "auto"))
+    elif action == "eval":  # what the run printed, from its weights
+        settings, data, model, before = load_run(folder, said.get("device", "auto"))
+        summary, joints = conclude(settings, data, model, data.device)
+        tell(settings, data, model, before | summary, joints)
     else:
-        beside(action, said, ("device", "seed", "task", *SAMPLING))
         asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
         sample(folder, SimpleNamespace(**(asked | said)))
     return 0
-
-
-def beside(action, said, allowed):
-    for name in said:
-        if name not in allowed:
-            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
 
 
 def going_on(folder, said):
