@@ -1283,8 +1283,8 @@ def read_said(folder):
             else:
                 words.append(f"{flag(name)}={spell(value)}")
         action, lists = parse(words)
-        if action is not None:
-            raise ValueError("it holds more than settings")
+        if action is not None or lists.get("router") == ["all"]:
+            raise ValueError("it holds more than the settings of a run")
         parsed = {name: values[0] for name, values in lists.items()}
         if parsed != said:
             raise ValueError("it holds values of a wrong type")
@@ -1739,9 +1739,9 @@ class Outlet:
     """A stream whose reader may leave (| head) or whose disk may fill; then only words are lost."""
 
     def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
+        self.stream = stream or open(os.devnull, "w")  # Python has None for a closed one
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
 
     def write(self, text):
         try:
