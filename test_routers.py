@@ -163,11 +163,9 @@ WORKED = [  # router, options, numbers, and expert after expert its slots, token
     ("token_choice", TWO, GATES, "0:.5 1:.6 | |"),
     # The surest first: token 2 (.7), then token 1 (.6); token 0 is dropped.
     ("token_choice", TWO | dict(priority="gate"), GATES, "2:.7 1:.6 | |"),
-    # Two choices by position: 0 -> 0, 1; 1 -> 0, 2; 2 -> 0 (full), 1. Gates divided by .8, .9, .9,
-    # whoever is dropped.
+    # Two choices, by position: 0 -> 0, 1; 1 -> 0, 2; 2 -> 0 (full), 1. Gates over .8, .9 and .9.
     ("token_choice", dict(top_k=2, renormalize=True), GATES, "0:5/8 1:6/9 | 0:3/8 2:2/9 | 1:3/9"),
-    # Everyone's largest number stands first, yet in the balanced plan tokens prefer 0 (.6), 2 (.5),
-    # 1 (.5). Softmax weighs.
+    # Expert 0 is everyone's largest; the plan's rows prefer 0 (.6), 2 (.5), 1 (.5). Softmax weighs.
     ("sinkhorn_token_choice", TWO, CROWD, "0:.9 | 2:1/3 | 1:.2"),
     # A row's two largest, .5 and .3, reach the simplex by (1 - .8) / 2 more each: .6 and .4. So
     # every expert has .6 + .4 = 1 and no price has to move. Seats by position; the plan weighs.
@@ -180,15 +178,13 @@ WORKED = [  # router, options, numbers, and expert after expert its slots, token
     ("sigmoid", TWO, ALONE, "0:.8 2:.9 | 1:.75 |"),
     # Columns .5 .6 .7, .3 .1 .2 and .2 .3 .1: the two largest of each, falling.
     ("expert_choice", TWO, GATES, "2:.7 1:.6 | 0:.3 2:.2 | 1:.3 0:.2"),
-    # Columns of the plan: .6 .3 .1 takes 0, 1; .3 .2 .5 takes 2, 0; .1 .5 .4 takes 1, 2. Softmax
-    # weighs.
+    # The plan's columns: .6 .3 .1 takes 0, 1; .3 .2 .5 takes 2, 0; .1 .5 .4 takes 1, 2.
     ("sinkhorn_expert_choice", TWO, CROWD, "0:.9 1:.72 | 2:1/3 0:.075 | 1:.2 2:4/15"),
     # The sparse plan above, by columns: .5 .2 .3 -> .6 (token 0), .4 (token 2), and so on in turn.
     ("sparse_expert_choice", PLAN, TURNS, "0:.6 2:.4 | 1:.6 0:.4 | 2:.6 1:.4"),
     # Thresholds start at 1/3: token 0 passes at 0, 1 at 0 and 1, 2 at 0 (which is full) and 1.
     ("expert_threshold", {}, NEAR, "0:.5 1:.4 | 1:.4 2:.35 |"),
-    # Keys 0, 2, 4 of a table 1 0 2. Key 0 goes to 1 and the next, 2; key 2 to 2 and 0; 4 mod 3 = 1
-    # and 2, where it is third.
+    # Keys 0, 2, 4, a table 1 0 2. Key 0 goes to 1 and the next, 2; key 2 to 2, 0; 4 mod 3 to 1, 2.
     ("hash", dict(top_k=2, num_keys=3), GATES, "1:.5 | 0:.5 2:.5 | 0:.5 1:.5"),
 ]
 
@@ -217,8 +213,7 @@ def test_soft_fills_the_tensors_as_worked_out_by_hand():
     axes = F.one_hot(points).permute(2, 0, 1).double()  # [D, E, C]: each axis has two slots
     router.load_state_dict({"phi": axes, "scale": router.scale})
     dispatch, combine = router(torch.eye(3, dtype=torch.float64)[None]).tensors()
-    # exp(logits) is 2 where token and slot point the same way, else 1. A slot: 2 / (2+1+1).
-    # A token: 2 / (2+2+1+1+1+1).
+    # exp(logits): 2 where token and slot agree, else 1. A slot 2 / (2+1+1), a token 2 / (2+2+4*1).
     want = (1 + axes) / 4, (1 + axes) / 8
     same((dispatch[0], combine[0]), want, 1e-7)  # the scale was a float32
 
@@ -1012,8 +1007,7 @@ def test_expert_thresholds_start_at_the_mean_quantile_and_then_run():
     router, quantile, routings = plain("expert_threshold", 4), [], []
     for seed in range(3):
         x = draw(3, 5, 4, seed=seed)
-        # The quantile 1 - 1/4 of 5 numbers is the fourth from below. Its mean is over groups, then
-        # over routings.
+        # The quantile 1 - 1/4 of 5 numbers is the fourth. Its mean is over groups, then routings.
         quantile.append(x.softmax(-1).sort(1).values[:, 3].mean(0))
         routings.append(router(x))
     same(router.state_dict()["threshold"], [1 / 4] * 4)
