@@ -2710,12 +2710,10 @@ def damages_of(folder):
     damages = [("metrics.jsonl", b"", "metrics.jsonl is shorter than at the checkpoint")]
     for bad in changed, good[: len(good) // 2], evil.getvalue(), pickle.dumps(Bomb()), b"":
         damages.append(("checkpoint.pt", bad, "cannot be read as a checkpoint"))
-    for text in NO_CONFIG:
-        damages.append(("config.json", text.encode(), "run"))
+    damages += [("config.json", text.encode(), "run") for text in NO_CONFIG]
+    damages += [("checkpoint.pt", checkpoint | change, "run") for change in WRONG_SAVED]
     for name, value in (*WRONG_SAID.items(), ("steps", 10**30)):
         damages.append(("config.json", config | {"said": config["said"] | {name: value}}, ""))
-    for change in WRONG_SAVED:
-        damages.append(("checkpoint.pt", checkpoint | change, "run"))
     for lost in checkpoint:
         damages.append(("checkpoint.pt", dict(checkpoint), "run"))
         del damages[-1][1][lost]
