@@ -2613,7 +2613,7 @@ def signalled(number, at, harm=False):
             os.kill(os.getpid(), number)
         stepped = train_step(settings, data, model, optimizer, step, *rest)
         if step == at and harm:
-            nn.init.constant_(model.head.weight, math.inf)
+            model.head.weight.data[0, 0] = math.inf
         return stepped
 
     return disturbed
