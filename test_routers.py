@@ -2088,6 +2088,13 @@ def test_the_tokenizer_brings_back_any_bytes_and_takes_the_longest_pieces():
     assert tokenizer.encode(b"xr").tolist() == [120, 114]  # and bytes of another
 
 
+@pytest.mark.parametrize("text", ['{"ab": 1}', '"ab"', '[""]', '["ab", "ab"]', "[1]", "ab"])
+def test_a_tokenizer_is_read_from_a_list_of_lexemes_alone(here, text):
+    (here / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        moe_tokens.Tokenizer.read(here / "tokenizer.json")
+
+
 def test_lexemes_are_short_and_read_in_linear_time_whatever_the_text(here):
     long = [letter * 200_000 for letter in (b"a", b"7", b" ", b"=", b"\n")]
     long += ["日本".encode() * 100_000, "ßä".encode() * 100_000, bytes(range(256)) * 800]
@@ -2712,7 +2719,7 @@ def damages_of(folder):
         damages.append(("checkpoint.pt", bad, "cannot be read as a checkpoint"))
     damages += [("config.json", text.encode(), "run") for text in NO_CONFIG]
     damages += [("checkpoint.pt", checkpoint | change, "run") for change in WRONG_SAVED]
-    for name, value in (*WRONG_SAID.items(), ("steps", 10**30)):
+    for name, value in (*WRONG_SAID.items(), ("steps", 10**30), ("router", "all")):
         damages.append(("config.json", config | {"said": config["said"] | {name: value}}, ""))
     for lost in checkpoint:
         damages.append(("checkpoint.pt", dict(checkpoint), "run"))
@@ -2769,7 +2776,7 @@ def test_a_full_disk_gets_one_line_and_what_was_saved_stays_whole(here, monkeypa
 
 
 def test_nobody_to_print_to_loses_no_result(album, here):
-    """A reader that leaves, an alphabet without ±, a full disk behind stdout, odd folder names."""
+    """A reader that leaves, an alphabet without ±, stdout on a full disk or closed, odd names."""
     for topic in b"text/\xff\xfe", b"text/b":
         os.makedirs(topic)
         for i in range(12):
@@ -2783,6 +2790,7 @@ def test_nobody_to_print_to_loses_no_result(album, here):
         "left": f"{train_py} {images} --out left 2>&1 | head -1",
         "ascii": f"{ascii_py} {text} --hash-key topic --out ascii | head -1",
         "full": f"{ascii_py} {text} --out full > /dev/full 2>&1",
+        "closed": f"{train_py} {images} --out closed >&- 2>&-",
     }
     environ, running = os.environ | {"PYTHONPATH": str(ROOT)}, {}
     for name, command in commands.items():
