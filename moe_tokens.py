@@ -48,14 +48,14 @@ SIZES = {  # the model, then its budget; each entry is a setting of its own
 
 SETTINGS = {  # as in train.py: name: (kind, default, what it is)
     "vocab_size": ("whole", None, "tokens at most, 256 bytes among them; .bin: all they hold"),
-    "context": ("whole", None, "tokens in a block"),
-    "score_from": ("whole", None, "first position that is scored; none: 1, or --prefix"),
+    "context": ("whole", None, "tokens in a sequence"),
+    "score_from": ("whole", None, "first position that is scored; by default 1, or as --prefix"),
     "replace_undecodable": (bool, False, "read bytes that are no UTF-8 as U+FFFD"),
     "unit": (("token", "sequence"), "token", "what is routed"),
-    "pool": (("prefix", "mean"), None, "route a sequence by its beginning (none: this) or by all"),
-    "prefix": ("whole", None, "tokens of that beginning; none: 16"),
+    "pool": (("prefix", "mean"), None, "route a sequence by its first tokens (default), or by all"),
+    "prefix": ("whole", None, "how many first tokens; by default 16"),
     "scope": (("layer", "global"), "layer", "routed in every block, or once after the embeddings"),
-    "hash_key": (("token", "topic"), None, "hash goes by token (none: this) or topic, an oracle"),
+    "hash_key": (("token", "topic"), None, "hash by token (default), or by topic, an oracle"),
     "allow_leak": (bool, False, "run a routing that sees the future; results are labelled leaky"),
 }
 
@@ -80,11 +80,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """tokens [B, T] -> logits [B, T, V] and {block: Routing}; topic [B]: the key of topic routing.
+    """tokens [B, T], topic [B] or None -> logits [B, T, V] and {block: Routing}.
 
-    unit="sequence": a sequence is one wide token of T*D numbers, the B of them one group, routed by
-    the mean of its first `prefix` positions (None: of all). scope="global": routed for all blocks
-    at once, after the embeddings.
+    unit="sequence": the batch is one group, and each sequence one token in it, T*D numbers wide.
+    The router sees the mean of its first `prefix` positions, or of all if None. scope="global":
+    one routing, made after the embeddings, serves all blocks. hash_key="topic": hash goes by topic.
     """
 
     def __init__(self, vocab_size, context, dim, heads, feeds, unit, scope, prefix, hash_key):
@@ -103,24 +103,24 @@ class GPT(nn.Module):
     def forward(self, tokens, topic=None):
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         key = tokens if self.hash_key == "token" else topic[:, None].expand_as(tokens)
-        shared = None  # the Routing of all blocks
+        given = None  # or the one Routing of all blocks
         if self.scope == "global":
-            shared = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
+            given = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
         routings = {}
         for i, block in enumerate(self.blocks):
             x = x + block.attend(x)
-            y, routing = self.feed_step(block, x, key, shared)
+            y, routing = self.feed_step(block, x, key, given)
             x = x + y
             if routing is not None:
                 routings[i] = routing
         return F.linear(self.norm(x), self.embed.weight), routings
 
-    def feed_step(self, block, x, key, shared):
+    def feed_step(self, block, x, key, given):
         """What the block's FFN or MoE adds to x [B, T, D], and its Routing; an FFN has none."""
         z = block.norm2(x)
         if not isinstance(block.feed, MoE):
             return block.feed(z), None
-        routing = shared or self.route(block.feed, z, key)
+        routing = given or self.route(block.feed, z, key)
         if self.unit == "sequence":
             z = z.flatten(1)[None]  # [1, B, T * D]
         y, _ = block.feed(z, routing=routing)
@@ -143,8 +143,8 @@ def build_gpt(settings, vocab_size, topics, make_feed):
         where = "folders below --data, or the standard library"
         raise ValueError(f"--hash-key topic needs text in at least two topics: {where}")
     if s.router == "hash" and s.num_keys is None:
-        s.num_keys = len(topics) if s.hash_key == "topic" else vocab_size
-    feeds = [make_feed(block) for block in range(s.depth)]  # make_feed reads num_keys
+        s.num_keys = len(topics) if s.hash_key == "topic" else vocab_size  # for make_feed
+    feeds = [make_feed(block) for block in range(s.depth)]
     prefix = s.prefix if s.pool == "prefix" else None
     return GPT(vocab_size, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
 
@@ -176,9 +176,9 @@ def settle(settings, router, said):
     s.hash_key = s.hash_key or "token"
     s.pool = s.pool or "prefix"
     s.prefix = s.prefix or 16
-    prefix = s.prefix if reads_sequences(s) and s.pool == "prefix" else 1  # read by the router
-    s.score_from = s.score_from or prefix
-    for flag, value in ("--prefix", prefix), ("--score-from", s.score_from):
+    read = s.prefix if reads_sequences(s) and s.pool == "prefix" else 1  # before any score
+    s.score_from = s.score_from or read
+    for flag, value in ("--prefix", read), ("--score-from", s.score_from):
         if value > s.context:
             raise ValueError(f"{flag} must be at most --context {s.context}, got {value}")
     why = leak(s, router)
@@ -210,7 +210,7 @@ def leak(settings, router):
 
 
 def unused(settings):
-    """{setting: why it means nothing beside the others}."""
+    """{setting: why it has no effect beside the others}."""
     found = {}
     if settings.router == "dense":
         why = "--unit sequence and --scope global are for routers; --router dense has none"
@@ -225,12 +225,13 @@ def unused(settings):
 
 # ---------------------------------------------------------------- what train.py asks of text
 class Text:
-    """Blocks of `context` tokens that never cross documents; or windows of nanoGPT's .bin files.
+    """Windows of `context` tokens: of documents, none across two; or of nanoGPT's .bin files.
 
-    parts[name] is tokens [N] and the first of each block [blocks]; of text also each block's
-    document and topic. A batch is {"input": [B, T], "label": [B, T]}, of text also "document" [B],
-    "topic" [B] and "bytes" [B, T], how many bytes each label spells. batch(step, part) gives the
-    slice `part` of the step's batch, the same for every run of one seed; split(name) a part's.
+    parts[name] is tokens [N] and where each window starts [windows]; of documents also each
+    window's document and topic. A batch is {"input": [B, T], "label": [B, T]}, of documents also
+    "document" [B], "topic" [B] and "bytes" [B, T], how many bytes each label spells. batch(step,
+    part) gives the slice `part` of the step's batch, the same for every run of one seed;
+    split(name) the batches of a part.
     """
 
     def __init__(self, settings, device, folder=None):
@@ -246,15 +247,15 @@ class Text:
         self.sizes = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
         for part, count in self.sizes.items():
             if not count:
-                rule = f"shorter than one block of {self.context + 1} tokens"
+                rule = f"shorter than one window of {self.context + 1} tokens"
                 raise ValueError(f"{self.about}: the {part} part is {rule}")
         train, held = self.sizes["train"], self.sizes["validation"]
         if self.batch_size > train:
             larger = f"--batch-size {self.batch_size} is larger than the data"
-            raise ValueError(f"{larger}: {train} training blocks")
+            raise ValueError(f"{larger}: {train} training windows")
         self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # evenly spread
-        scored = f"{len(self.scored)} of {held} validation blocks"
-        self.about += f"; {train} training blocks of {self.context} tokens, {scored}"
+        scored = f"{len(self.scored)} of {held} validation windows"
+        self.about += f"; {train} training windows of {self.context} tokens, {scored}"
 
     def build(self, settings, make_feed):
         """The GPT; make_feed(block) gives each block its FFN or MoE."""
@@ -266,7 +267,7 @@ class Text:
         return self.ready("train", rows[part].numpy())
 
     def split(self, name):
-        """The validation blocks that are scored; or "all", up to 4096 blocks of all documents."""
+        """The validation windows that are scored; or "all", up to 4096 windows of all documents."""
         chosen = {"validation": self.scored}
         if name == "all":
             share = min(1, 4096 / sum(self.sizes.values()))
@@ -279,14 +280,14 @@ class Text:
                 yield self.ready(part, rows[i : i + size])
 
     def ready(self, part, rows):
-        """These blocks of a part as a batch."""
-        tokens, starts, *of_block = self.parts[part]
-        block = tokens[starts[rows][:, None] + np.arange(self.context + 1)]
-        block = torch.from_numpy(block.astype(np.int64))  # [B, T + 1]
-        label = block[:, 1:].clone()
+        """These windows of a part as a batch."""
+        tokens, starts, *of_window = self.parts[part]
+        window = tokens[starts[rows][:, None] + np.arange(self.context + 1)]
+        window = torch.from_numpy(window.astype(np.int64))  # [B, T + 1]
+        label = window[:, 1:].clone()
         label[:, : self.score_from - 1] = UNSCORED  # label[:, i] is the token at position i + 1
-        batch = {"input": block[:, :-1], "label": label}
-        for name, values in zip(("document", "topic"), of_block):
+        batch = {"input": window[:, :-1], "label": label}
+        for name, values in zip(("document", "topic"), of_window):
             batch[name] = torch.from_numpy(values[rows])
         if self.tokenizer:
             batch["bytes"] = self.bytes_of[label.clamp(min=0)] * (label >= 0)
@@ -317,8 +318,8 @@ class Text:
     def labels(self, batch, start):
         """What an expert's choice may go by: {name: (label [B, T], unit [B, T], names of labels)}.
 
-        unit: the number of the document or token that has this one label; None where no NMI is
-        wanted. Label -1 is none. `start` blocks came before this batch.
+        unit: the number of the document or token that has this one label; None: no NMI, only a
+        map. Label -1 is none. `start` windows came before this batch.
         """
         if self.tokenizer is None:
             return {}
@@ -327,16 +328,16 @@ class Text:
         found = {"token": (tokens, None, self.tokenizer.pieces)}
         found["token class"] = self.class_of[tokens], each, list(self.classes)
         if self.topics:
-            topic = self.rank[batch["topic"].cpu()][:, None].expand(tokens.shape)
+            topic = self.label_of_topic[batch["topic"].cpu()][:, None].expand(tokens.shape)
             document = batch["document"].cpu()[:, None].expand(tokens.shape)
-            found["topic"] = topic, document, self.common
+            found["topic"] = topic, document, self.topic_names
         return found
 
     @torch.no_grad()
     def report(self, settings, model, fresh):
-        """Facts of the text; of a leaky model also two figures on 32 blocks.
+        """Facts of the text; of a leaky model also the metrics of 32 windows, twice.
 
-        as_scored: all tokens at once. as_generated: one by one, as when the model writes.
+        as_scored: all tokens at once. as_generated: later tokens hidden, as when the model writes.
         """
         facts = self.facts | {"vocab_size": self.vocab_size}
         if settings.remark != "leaky":
@@ -387,8 +388,10 @@ class Text:
             E = mass.shape[-1]
             legend = [on_page(f" expert {e} ", *color(e, E, lightness=0.8)) for e in range(E)]
             legend.append(on_page(" no expert ", *NO_EXPERT))
-            text = painted(batch["input"], mass, self.tokenizer, on_page)
-            page.append(f"<h3>block {block}</h3><p>{' '.join(legend)}</p><pre>{text}</pre>")
+            page.append(f"<h3>block {block}</h3><p>{' '.join(legend)}</p>")
+            for tokens, of_tokens in zip(batch["input"], mass.view(len(batch["input"]), -1, E)):
+                text = painted(tokens, of_tokens, self.tokenizer, on_page)
+                page.append(f"<pre>{text}</pre>")
         return "\n".join(page)
 
     # Reading: what fills parts, topics, tokenizer, about and facts.
@@ -409,7 +412,7 @@ class Text:
             if token >= self.vocab_size:
                 rule = f"beyond --vocab-size {self.vocab_size}"
                 raise ValueError(f"{path}: {part} holds token {token}, {rule}")
-        self.about = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
+        self.about = f"{path.resolve().name}: nanoGPT's format, vocabulary of {self.vocab_size}"
 
     def read_text(self, settings, folder):
         most = settings.vocab_size
@@ -439,7 +442,7 @@ class Text:
         self.facts = {"bytes_per_token": float(self.bytes_of[held].double().mean())}
         name = f"standard library of Python {platform.python_version()}"
         if settings.data:
-            name = pathlib.Path(settings.data).name
+            name = pathlib.Path(settings.data).resolve().name
         size = sum(map(len, texts))
         self.about = (
             f"{name}: {len(documents)} documents, {len(topics)} topics, {size / 1e6:.1f} MB "
@@ -448,31 +451,31 @@ class Text:
         )
 
     def cut(self, part, documents, topics, first=0):
-        """Fill parts[part] with blocks of documents numbered from `first`; returns their bytes."""
+        """Fill parts[part] with windows of documents, numbered from `first`; returns the bytes."""
         tokens, starts, document, topic = [], [], [], []
         end = used = 0
         for number, (topic_name, _, raw) in enumerate(documents, first):
             ids = self.tokenizer.encode(raw)
-            blocks = max(0, len(ids) - 1) // self.context
+            windows = max(0, len(ids) - 1) // self.context
             tokens.append(ids)
-            starts.append(end + self.context * np.arange(blocks))
-            document.append(np.full(blocks, number))
-            topic.append(np.full(blocks, topics.index(topic_name)))
+            starts.append(end + self.context * np.arange(windows))
+            document.append(np.full(windows, number))
+            topic.append(np.full(windows, topics.index(topic_name)))
             end += len(ids)
-            used += int(self.bytes_of[torch.from_numpy(ids[: blocks * self.context])].sum())
+            used += int(self.bytes_of[torch.from_numpy(ids[: windows * self.context])].sum())
         self.parts[part] = tuple(map(np.concatenate, (tokens, starts, document, topic)))
         return used
 
     def name_topics(self, topics):
-        """The ten topics with the most documents are told apart; rank -1 is any other."""
+        """The ten topics with the most documents are labels 0 to 9; any other is label -1."""
         topic_of = {}
         for _, _, document, topic in self.parts.values():
             topic_of.update(zip(document.tolist(), topic.tolist()))
         documents = collections.Counter(sorted(topic_of.values()))  # of equals, the first by name
-        self.rank, self.common = torch.full((len(topics),), -1), []
+        self.label_of_topic, self.topic_names = torch.full((len(topics),), -1), []
         for place, (topic, _) in enumerate(documents.most_common(10)):
-            self.rank[topic] = place
-            self.common.append(topics[topic])
+            self.label_of_topic[topic] = place
+            self.topic_names.append(topics[topic])
 
 
 def columns(summary):
@@ -483,7 +486,7 @@ def columns(summary):
 
     found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
     found["dropless"], found["as generated"] = bits("validation_dropless"), None
-    if bits("as_generated"):  # both were taken on the same few blocks: their difference counts
+    if bits("as_generated"):  # both are of the same few windows: their difference counts
         found["as generated"] = bits("validation") + bits("as_generated") - bits("as_scored")
     found["vocabulary"] = summary["vocab_size"]
     found["bytes/token"] = summary.get("bytes_per_token")
@@ -529,7 +532,7 @@ class Tokenizer:
     def __init__(self, known):
         self.pieces = [bytes([i]) for i in range(256)] + list(known)
         self.ids = {lexeme: 256 + i for i, lexeme in enumerate(known)}
-        self.cut = {}  # {lexeme: its ids}, of those met so far
+        self.cache = {}  # {lexeme: its ids}, of those met so far
 
     @classmethod
     def learn(cls, texts, vocab_size=None):
@@ -545,13 +548,13 @@ class Tokenizer:
         """bytes -> array [N] of ids."""
         ids = []
         for lexeme in lexemes(text):
-            if lexeme not in self.cut:
-                self.cut[lexeme] = self.split(lexeme)
-            ids.extend(self.cut[lexeme])
+            if lexeme not in self.cache:
+                self.cache[lexeme] = self.split(lexeme)
+            ids.extend(self.cache[lexeme])
         return np.array(ids, np.int32)
 
     def split(self, lexeme):
-        """Its id; of a lexeme that is not known, again and again that of its longest beginning."""
+        """The id of a known lexeme; of another, those of its longest known beginnings."""
         if lexeme in self.ids:
             return [self.ids[lexeme]]
         ids, start = [], 0
@@ -581,7 +584,7 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------- what a token is
-CODE = {  # the first pattern that fits its spelling
+CODE = {  # {class: pattern}: a token is of the first class whose pattern its beginning fits
     "newline and indent": r"[\r\n]",
     "blank": r"\s+$",
     "keyword": rf" ?({'|'.join(keyword.kwlist)})$",
@@ -625,8 +628,8 @@ def token_class(token, piece, classes):
 # ---------------------------------------------------------------- documents
 def holds_bins(data):
     """Is this a folder of nanoGPT's files?"""
-    folder = pathlib.Path(data or "nowhere")
-    return (folder / "train.bin").exists() or (folder / "val.bin").exists()
+    names = "train.bin", "val.bin"
+    return data is not None and any(pathlib.Path(data, name).exists() for name in names)
 
 
 def read_documents(path, replace=False):
@@ -738,20 +741,20 @@ def sample(model, tokenizer, saved, asked, colored):
         return tokenizer.decode(tokens).decode("utf-8", "replace")
     mass = list(routings.values())[-1].mass()
     before = tokenizer.decode(tokens[: -len(shown)]).decode("utf-8", "replace")
-    return before + painted(torch.tensor([shown]), mass, tokenizer, on_terminal)
+    return before + painted(torch.tensor(shown), mass[0], tokenizer, on_terminal)
 
 
 NO_EXPERT = (200, 200, 200)
 
 
 def painted(tokens, mass, tokenizer, paint):
-    """Text of tokens [B, T], each stretch of one expert coloured by paint(text, r, g, b).
+    """Text of tokens [T], each stretch of one expert coloured by paint(text, r, g, b).
 
-    mass [B, T, E], or [1, B, E] of sequences routed whole; a token's expert has the most of it.
+    mass [T, E], or [1, E] of a sequence routed whole; a token's expert has the most of it.
     """
     E = mass.shape[-1]
-    expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).view(len(tokens), -1)
-    pairs = zip(expert.expand(tokens.shape).flatten().tolist(), tokens.flatten().tolist())
+    experts = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).expand(len(tokens))
+    pairs = zip(experts.tolist(), tokens.tolist())
     text = ""
     for expert, stretch in itertools.groupby(pairs, key=operator.itemgetter(0)):
         words = tokenizer.decode(token for _, token in stretch).decode("utf-8", "replace")

@@ -5,9 +5,8 @@ blocks hold an MoE in place of their FFN, as in V-MoE (2106.05974). A group is a
 a patch: x [B, T, D] is already [G, T, D].
 
 Images are drawn on the fly (the default), or read from a folder in the CIFAR binary layout, from an
-.npz, or from the official CIFAR archives, which are fetched once. Block, ViT and Images have their
-twins in moe_tokens.py: read the two files side by side. What Images offers is all that train.py
-knows of a task.
+.npz, or from the official CIFAR archives, which are fetched once. moe_tokens.py has the same names
+in the same order: read the two files side by side.
 """
 
 import base64
@@ -86,15 +85,15 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, images):
-        x, routings = self.patches(images)
+        x, routings = self.encode(images)
         return self.head(x if self.patchwise else x.mean(1)), routings
 
     def features(self, images):
         """What a classifier's head reads, [B, D]."""
-        return self.patches(images)[0].mean(1)
+        return self.encode(images)[0].mean(1)
 
-    def patches(self, images):
-        """The final features of each patch, [B, T, D], and the routings."""
+    def encode(self, images):
+        """All but the head: the final features of each patch, [B, T, D], and the routings."""
         x = F.pixel_unshuffle(images, self.patch).flatten(2).mT  # [B, T, 3 * patch^2]
         x = self.embed(x) + self.position
         routings = {}
@@ -112,7 +111,7 @@ class ViT(nn.Module):
         if not isinstance(block.feed, MoE):
             return block.feed(z), None
         if not self.together:
-            return block.feed(z)
+            return block.feed(z)  # with its Routing
         place = torch.arange(x.shape[1], device=x.device).repeat(1, len(x))  # what hash goes by
         y, routing = block.feed(z.flatten(0, 1)[None], place)
         return y.view_as(x), routing
@@ -127,11 +126,11 @@ HARD_ONLY = "--group batch is for hard routers in one process: Soft MoE's slots 
 
 
 def settle(settings, router, said):
-    """ValueError where settings clash. Returns what marks every result, which is nothing here.
+    """ValueError where settings clash. Returns a mark for every result; images need none.
 
-    `router` and `said` are for moe_tokens.py alone: images may be routed in any way.
+    `router` and `said` are for moe_tokens.py: images may be routed in any way.
     """
-    drawn = settings.data in (None, "drawn")
+    drawn = issubclass(DATASETS.get(settings.data or "drawn", Stored), Drawn)
     if settings.head == "patch" and not drawn:
         raise ValueError("--head patch is for drawn images, whose patches we know; --data has none")
     if settings.few_shot and drawn:
@@ -143,7 +142,7 @@ def settle(settings, router, said):
 
 
 def unused(settings):
-    """{setting: why it means nothing beside the others}."""
+    """{setting: why it has no effect beside the others}."""
     if settings.router in ("dense", "soft"):
         return {"group": HARD_ONLY}
     return {}
@@ -151,11 +150,13 @@ def unused(settings):
 
 # ---------------------------------------------------------------- what train.py asks of images
 class Images:
-    """A set of images; a subclass brings batch, split, probe and the attributes below.
+    """A set of images. A subclass brings batch(), split(), probe() and these attributes:
 
-    image_size  pixels along an image              names             of the classes
-    about       one line on the set                few_shot_classes  those held out for the probe
-    mean, std   an image is (pixel - mean) / std of pixels from 0 to 1; else, a method pixels()
+    image_size        pixels along an image
+    names             of the classes
+    few_shot_classes  those held out for the probe
+    about             one line on the set
+    mean, std         an image is (pixel - mean) / std, pixels from 0 to 1; or override pixels()
 
     A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "shape" [B], "kind"
     [B, T] and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of
@@ -190,7 +191,7 @@ class Images:
         label, guess, counts = batch["label"], logits.argmax(-1), {}
         if logits.ndim == 3:  # patches
             kind, shape = batch["kind"], batch["shape"][:, None]
-            label = torch.where(kind > 0, 2 * shape + kind, 0)  # [B, T]
+            label = torch.where(kind > 0, 2 * shape + kind, 0)  # [B, T], see PATCH_CLASSES
             for c in range(PATCH_CLASSES):
                 counts[f"both{c}"] = ((guess == c) & (label == c)).sum()
                 counts[f"either{c}"] = ((guess == c) | (label == c)).sum()
@@ -212,8 +213,8 @@ class Images:
     def labels(self, batch, start):
         """What an expert's choice may go by: {name: (label [B, T], unit [B, T], names of labels)}.
 
-        unit: the number of the image or patch that has this one label. `start` images came before
-        this batch.
+        unit: the number of the image or patch that has this one label. Label -1 is none. `start`
+        images came before this batch.
         """
         B, T = len(batch["image"]), self.tokens
         patch = torch.arange(start * T, (start + B) * T).view(B, T)
@@ -316,32 +317,33 @@ def load(settings, device, folder=None):
 # ---------------------------------------------------------------- images drawn on the fly
 SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
 KINDS = ("background", "edge", "interior")  # of a patch
-PATCH_CLASSES = 1 + 2 * len(SHAPES)  # ground; of each shape, an edge or the interior
+PATCH_CLASSES = 1 + 2 * len(SHAPES)  # 0 background; of shape s, 2s + 1 edge, 2s + 2 interior
 TILE = 4  # pixels along a tile
 TILES = torch.randint(2, (256, TILE, TILE), generator=seeded("tiles")) * 2.0 - 1  # dark -1, light 1
-OWNED = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]  # [classes, 64]
+USED = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]  # [classes, 64]
 TRAINED, HELD_OUT = range(18), range(18, 24)  # classes; those held out are for the probe
 
 
 def inside(u, v, r, angle):
-    """Where each of SHAPES is: points (u, v) of [-1, 1]^2, r and angle (0 is up) the same."""
+    """The points that each of SHAPES covers: a point is (u, v), v down, or (r, angle), 0 up."""
     near, far = torch.minimum(u.abs(), v.abs()), torch.maximum(u.abs(), v.abs())
     return [
-        r < 0.85,
-        far < 0.75,
-        torch.maximum(v, 0.87 * u.abs() - 0.5 * v) < 0.5,
-        (near < 0.32) & (far < 0.95),
-        (r > 0.45) & (r < 0.95),
-        r < 0.65 + 0.35 * torch.cos(5 * angle),
+        r < 0.85,  # disc
+        far < 0.75,  # square
+        torch.maximum(v, 0.87 * u.abs() - 0.5 * v) < 0.5,  # triangle
+        (near < 0.32) & (far < 0.95),  # cross
+        (r > 0.45) & (r < 0.95),  # ring
+        r < 0.65 + 0.35 * torch.cos(5 * angle),  # star
     ]
 
 
 class Drawn(Images):
     """32x32 images of a shape laid with tiles; the class is the set of tiles to choose from.
 
-    Of 256 tiles, patterns of 4x4 pixels, each class owns 64, the same in every run: it is a bag of
-    visual words. Shape, pose and colours tell nothing of it. A wider FFN can remember more tiles.
-    Parameters are drawn on the CPU, so that one seed is one set of images on every device.
+    There are 256 tiles, patterns of 4x4 pixels. A class uses 64 of them, the same in every run, and
+    a tile serves six classes or so: a class is a bag of visual words. Shape, pose and colours tell
+    nothing of it. A wider FFN can remember more tiles. Parameters are drawn on the CPU, so that one
+    seed is one set of images on every device.
     """
 
     image_size, mean, std = 32, 0.5, 0.25
@@ -368,32 +370,33 @@ class Drawn(Images):
         g = seeded(self.seed, *purpose)
         label = torch.randint(len(classes), (count,), generator=g)
         shape = torch.randint(len(SHAPES), (count,), generator=g)
-        places = (self.image_size // TILE) ** 2
-        pick = torch.randint(OWNED.shape[1], (count, places), generator=g)
-        tile = OWNED[torch.tensor(classes)[label]].gather(1, pick)  # [B, places]
-        pose = torch.rand(count, 10, generator=g, dtype=torch.float32)  # and colours
-        noise = torch.randn(count, 1, 32, 32, generator=g, dtype=torch.float32)
+        S = self.image_size
+        pick = torch.randint(USED.shape[1], (count, (S // TILE) ** 2), generator=g)
+        tile = USED[torch.tensor(classes)[label]].gather(1, pick)  # [B, places]
+        look = torch.rand(count, 10, generator=g, dtype=torch.float32)  # 0-3 pose, 4-9 colours
+        noise = torch.randn(count, 1, S, S, generator=g, dtype=torch.float32)
         dtype = torch.get_default_dtype()  # drawn in float32, so that all have the same images
-        drawn = label, shape, tile, pose.to(dtype), noise.to(dtype)
+        drawn = label, shape, tile, look.to(dtype), noise.to(dtype)
         return self.render(*(send(tensor[part], self.device) for tensor in drawn))
 
-    def render(self, label, shape, tile, pose, noise):
+    def render(self, label, shape, tile, look, noise):
         def between(i, low, high):
-            return (low + (high - low) * pose[:, i])[:, None, None]  # [B, 1, 1]
+            return (low + (high - low) * look[:, i])[:, None, None]  # [B, 1, 1]
 
-        B, n = len(label), self.image_size // TILE
-        axis = torch.arange(32, device=label.device) / 15.5 - 1
+        B, S = len(label), self.image_size
+        n = S // TILE
+        axis = torch.arange(S, device=label.device) / ((S - 1) / 2) - 1
         angle, size = between(0, -math.pi / 12, math.pi / 12), between(1, 0.7, 0.95)
-        y = axis[:, None] - between(2, -0.3, 0.3)  # [B, 32, 1]
-        x = axis - between(3, -0.3, 0.3)  # [B, 1, 32]
-        u = (angle.cos() * x + angle.sin() * y) / size  # [B, 32, 32], the shape's own frame
+        y = axis[:, None] - between(2, -0.3, 0.3)  # [B, S, 1]
+        x = axis - between(3, -0.3, 0.3)  # [B, 1, S]
+        u = (angle.cos() * x + angle.sin() * y) / size  # [B, S, S], the shape's own frame
         v = (angle.cos() * y - angle.sin() * x) / size
         r = (u * u + v * v).sqrt()
         each = torch.arange(B, device=label.device)
-        filled = torch.stack(inside(u, v, r, torch.atan2(u, -v)))[shape, each]  # [B, 32, 32]
-        laid = TILES.to(noise)[tile].view(B, n, n, TILE, TILE).transpose(2, 3).reshape(B, 1, 32, 32)
-        ground, colour = pose[:, 4:7] * 0.5, pose[:, 7:10] * 0.5 + 0.5  # the shape is brighter
-        figure = colour[..., None, None] * (1 + laid / 3)  # [B, 3, 32, 32]
+        filled = torch.stack(inside(u, v, r, torch.atan2(u, -v)))[shape, each]  # [B, S, S]
+        laid = TILES.to(noise)[tile].view(B, n, n, TILE, TILE).transpose(2, 3).reshape(B, 1, S, S)
+        ground, colour = look[:, 4:7] * 0.5, look[:, 7:10] * 0.5 + 0.5  # the shape is brighter
+        figure = colour[..., None, None] * (1 + laid / 3)  # [B, 3, S, S]
         image = torch.where(filled[:, None], figure, ground[..., None, None]) + 0.15 * noise
         covered = F.avg_pool2d(filled[:, None].float(), self.patch).flatten(1)  # [B, T], a share
         kind = (covered > 0).long() + (covered == 1).long()
@@ -410,7 +413,7 @@ def pick_shots(label, shots):
     return place <= shots, place > shots
 
 
-DATASETS = {"drawn": Drawn}  # what --data may name beside a path; add your own here
+DATASETS = {"drawn": Drawn}  # names for --data beside OFFICIAL and paths; add your own here
 
 
 # ---------------------------------------------------------------- images from files
@@ -443,7 +446,7 @@ class Stored(Images):
         self.image_size = pixels.shape[-1]
         self.names = [f"class {c}" for c in range(known)]
         counted = ", ".join(f"{size} {name}" for name, size in sizes.items())
-        self.about = f"{path.name}: {counted} images, {known} classes"
+        self.about = f"{path.resolve().name}: {counted} images, {known} classes"
 
     def divide(self, train, test, known):
         """Fill self.parts, and self.pool with the images of classes from `known` on."""

@@ -23,13 +23,20 @@ An example: one group of three tokens, three experts with two slots each, one ch
     dispatch[0,1,0,1] = 1       combine[0,1,0,1] = .6       y[1] = .6 * expert_0(x[1])
     all others are 0            all others are 0            y[2] = 0
 
-Six routers are compared in Routers in Vision Mixture of Experts (2401.15969): TokenChoice and its
-Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. Every router but Soft
-settles two things: how scores are made, and who chooses by them. "As published" means the code in
-google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from a source.
+Words, the same in every file:
+    gate        the layer that makes logits [G, T, E] from tokens
+    gates       softmax(logits), unless a router says otherwise
+    plan        logits or gates rebalanced, so that all experts get about the same
+    scores      gates or a plan: by them tokens choose experts, or experts choose tokens
+    assignment  of one token to one expert; it is dropped if that expert has no slot left
+    dropless    C is as large as the fullest expert needs, so that no assignment is dropped
 
-Read in order: the formulation, how scores are made, losses, routers, experts, the layer. To add a
-router, subclass one and add it to ROUTERS, at the end. Not here: expert parallelism, padding.
+Routers in Vision Mixture of Experts (2401.15969) compares six of the routers below: TokenChoice and
+its Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. "As published" means
+the code in google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from it.
+
+Read in order; what serves the other files stands last. To add a router, subclass one and add it to
+ROUTERS. Not here: expert parallelism, padding.
 """
 
 import colorsys
@@ -46,9 +53,9 @@ from torch import nn
 
 # ---------------------------------------------------------------- the formulation
 class Routing:
-    """What a router decided: the tensors dispatch and combine, both [G, T, E, C], and beside them:
+    """What a router decided. tensors() is the decision, dispatch(x) and combine(y) apply it. Also:
 
-    load    [E], the share of all assignments that each expert received, before drops
+    load    [E], each expert's share of all assignments, before drops (of Soft: of all weight)
     losses  {name: scalar}, not yet weighted
     notes   whatever else is worth keeping (logits, gates, ...), as attributes
     """
@@ -89,8 +96,8 @@ class HardRouting(Routing):
 
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
-    filled  for a dropless routing, where C is the largest load and most slots are empty: how many
-            slots of each expert all groups fill, a list. Experts with ragged() compute only those.
+    filled  of a dropless routing, the number of filled slots of each expert, over all groups: a
+            list. Most slots are empty then, and experts with ragged() run on the filled ones alone.
     """
 
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
@@ -108,7 +115,7 @@ class HardRouting(Routing):
         return dispatch, dispatch * self.weight[:, None]
 
     def gather(self, x):
-        """The slots as dispatch gives them, but with some token in the empty ones."""
+        """dispatch(x), but an empty slot holds its group's last token: no mask, and weight 0."""
         G, E, C = self.index.shape
         slots = x.flatten(0, 1).index_select(0, self._rows)
         return slots.view(E, G, C, x.shape[-1]).transpose(0, 1)  # [G, E, C, D]
@@ -156,9 +163,9 @@ def top(scores, k, dim):
 
 
 def queue(wants, capacity):
-    """wants [G, N, E] -> [G, E, C]: who of the N in line sits in each slot, N where nobody does.
+    """wants [G, N, E] -> [G, E, C]: which of N places in line gets each slot, N where none does.
 
-    dispatch[g,n,e,c] = 1  where wants[g,n,e] and n is the c-th in line for e
+    Place n gets slot c of expert e where wants[g,n,e], as the c-th of those that want e.
     """
     count = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
     nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
@@ -200,30 +207,31 @@ def project(z, k):
     return (z - threshold.gather(1, support - 1)).clamp(min=0) * kept
 
 
-def sparse_plan(gates, k, iterations=20, lr=1e-2, column=None):
+def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
     """Optimal transport with at most k non-zeros in a column (2209.15466, its semi-dual).
 
-        argmax_P  <P, gates> - |P|^2 / 2,  each column sums to `column`, each row to column * E/T
+        argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
-    gates [G, T, E] -> plan [G, T, E]. column is T/E if None. Columns are exact, rows approximate:
-    Adam lowers alpha, a row's bonus, where its sum is too large. A group stops once the norm of
-    these errors is at most 1e-3. Differs: the last projection passes a gradient, as published none.
+    gates [G, T, E] -> plan [G, T, E]. column_sum is T/E if None, so that rows sum to 1. Columns are
+    exact, rows approximate: alpha is added to each row, and Adam lowers it where the row's sum is
+    too large. A group stops once the norm of its rows' errors is at most 1e-3. Differs: the last
+    projection passes a gradient; the published code passes none.
     """
     G, T, E = gates.shape
-    column = T / E if column is None else column
-    row = column * E / T  # what each row is to sum to
+    column_sum = T / E if column_sum is None else column_sum
+    row_sum = column_sum * E / T
     scores = gates.detach()
     alpha = m = v = scores.new_zeros(G, T, 1)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for step in range(1, iterations + 1):
-        share = project((alpha + scores) / column, k)  # the plan over `column`: columns sum to 1
-        slope = column * share.sum(2, keepdim=True) - row  # [G, T, 1]
-        m = 0.9 * m + 0.1 * slope
+        share = project((alpha + scores) / column_sum, k)  # its columns sum to 1
+        slope = column_sum * share.sum(2, keepdim=True) - row_sum  # [G, T, 1], each row's error
+        m = 0.9 * m + 0.1 * slope  # from here: Adam
         v = 0.999 * v + 0.001 * slope**2
         move = lr * m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
         alpha = torch.where(running, alpha - move, alpha)
         running = running & (slope.norm(dim=1, keepdim=True) > 1e-3)
-    return column * project((alpha + gates) / column, k)
+    return column_sum * project((alpha + gates) / column_sum, k)
 
 
 # ---------------------------------------------------------------- losses
@@ -301,8 +309,8 @@ class Router(nn.Module):
     their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
     writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
 
-    causal is True only if, with these options, no token's routing can depend on later tokens. Even
-    so a prefix may drop tokens that it keeps in a longer text, where C is larger; dropless, never.
+    causal is True only if, with these options, no token's choices can depend on later tokens. Drops
+    still may: C grows with T, so a token dropped from a short text may find a slot in a longer one.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
@@ -316,7 +324,7 @@ class Router(nn.Module):
     causal = False
     offers = ("z",)
     recipe = {}
-    margin = 1  # slots for each assignment that is expected
+    margin = 1  # C is so many times as large; above 1 where the number of assignments varies
     defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0)
     defaults |= dict(router_weights="learned", gate="linear")
 
@@ -418,11 +426,11 @@ class Router(nn.Module):
         return gates, gates
 
     def by_plan(self, plan, z, gates):
-        """The scores where plan(z) decides. It also weighs, or the gates do: combine_weights."""
+        """Scores where plan(z) decides; combine_weights says whether it or the gates weigh."""
         if self.options.combine_weights == "plan":
             decides = plan(z)
             return decides, decides
-        return plan(z.detach()), gates  # then no gradient passes the plan
+        return plan(z.detach()), gates  # the plan weighs nothing, so it needs no gradient
 
     def capacity(self, tokens):
         """C = ceil(margin*T*K*cf / E), at most T, for a group of T tokens; None if dropless."""
@@ -434,12 +442,12 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update(self, routings, generator=None):
-        """Move what no gradient moves, once a step, by the step's routings. Nothing else does."""
+        """Called once a step with its routings, it alone changes what no gradient changes."""
         if getattr(self.options, "router_weights", None) == "random":
             self.redraw(self.random_gate, generator)
 
     def _apply(self, fn, recurse=True):
-        """What .to() and .half() call. Buffers moved in small steps stay float32 at least."""
+        """What .to() and .half() call. bias and threshold change by small steps: keep float32."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, after in self.named_buffers(recurse=False):
@@ -482,7 +490,7 @@ class TokenChoice(Router):
         biased = decides + self.bias if o.bias_rate else decides
         expert_index = top(biased, o.top_k, -1)  # [G, T, K]
         weight = weighs.gather(-1, expert_index)
-        if getattr(o, "renormalize", o.top_k > 1):  # sigmoid has no such option
+        if o.renormalize:
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
         routing = self.seat(expert_index, weight, decides)
         routing.logits, routing.gates = logits, self.probabilities(logits)
@@ -497,20 +505,24 @@ class TokenChoice(Router):
         return routing
 
     def seat(self, expert_index, weight, scores=None):
-        """Queue the pairs of expert_index, weight [G, T, K]; scores [G, T, E] say who is surest."""
+        """Give slots to the assignments expert_index, weight [G, T, K], in order of `priority`.
+
+        Assignment k of token t has the number t * K + k. Only priority "gate" reads the scores.
+        """
         G, T, K = expert_index.shape
         device = expert_index.device
         token = torch.arange(T, device=device).expand(G, T)
         if self.options.priority == "gate":
             token = top(scores.amax(-1), T, -1)  # [G, T], the surest first
-        pair = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K], its number
+        number = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K]
         if self.options.priority != "token":
-            pair = pair.mT  # [G, K, T]: all first choices stand before any second
-        line = pair.flatten(1)  # [G, T*K]
+            number = number.mT  # [G, K, T]: all first choices stand before any second
+        line = number.flatten(1)  # [G, T*K], the numbers as they stand in line
         wanted = expert_index.flatten(1).gather(1, line)
         wants = wanted[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
         C, filled = self.room(wants, T)
         place = queue(wants, C).flatten(1)  # [G, E*C], in the line; T*K where a slot is empty
+        # The number of the assignment in each slot; T*K where it is empty.
         seated = F.pad(line, (0, 1), value=T * K).gather(1, place).view(G, self.num_experts, C)
         weight = F.pad(weight.flatten(1), (0, 1)).gather(1, seated.flatten(1)).view_as(seated)
         load = wants.sum((0, 1)).to(weight.dtype) / max(1, G * T * K)
@@ -567,7 +579,7 @@ class SparseTokenChoice(TokenChoice):
 
     def scores(self, logits, noisy):
         def plan(z):  # the same problem with tokens and experts exchanged, every token of mass 1
-            return sparse_plan(z.mT, self.options.top_k, self.options.iterations, column=1.0).mT
+            return sparse_plan(z.mT, self.options.top_k, self.options.iterations, column_sum=1.0).mT
 
         gates = logits.softmax(-1)
         return self.by_plan(plan, gates, gates)
@@ -586,6 +598,10 @@ class Sigmoid(TokenChoice):
     del defaults["renormalize"], defaults["noise_std"]
     recipe = dict(capacity_factor=None, balance="bias")
 
+    def __init__(self, dim, num_experts, **options):
+        super().__init__(dim, num_experts, **options)
+        self.options.renormalize = self.options.top_k > 1  # no option: as said above
+
     def probabilities(self, logits):
         return F.logsigmoid(logits).softmax(-1)  # s / sum s, also where every s underflows
 
@@ -599,12 +615,13 @@ class Hash(TokenChoice):
 
     The table is random and balanced: each run of E keys uses every expert once. A key from num_keys
     on goes to expert key mod E; further choices are the next experts. Without keys, a token's
-    position is its key. The K experts weigh 1/K each. Nothing is learned, nothing can leak.
+    position is its key. The K experts weigh 1/K each. Nothing is learned, and no token's routing
+    depends on another.
     """
 
     offers = ()
     defaults = dict(top_k=1, capacity_factor=1.0, num_keys=4096)
-    recipe = dict(capacity_factor=None, num_keys=None)  # on text, one key for each token id
+    recipe = dict(capacity_factor=None, num_keys=None)  # moe_tokens.py: one for each token id
     causal = True
 
     def __init__(self, dim, num_experts, **options):
@@ -718,9 +735,9 @@ class ExpertThreshold(Router):
 class Soft(Router):
     """Each slot is a mix of all tokens, each output a mix of all slots (2308.00951, section 2).
 
-    phi [D, E, C] is a direction for each slot. scale, learned, sharpens all mixes: it starts at 1
-    as published, where they are all but uniform; a short training does well to start it at 10.
-    Never causal. Options: slots, C itself; or tokens, a group's T, for C = round(T*K*cf / E).
+    phi [D, E, C] is a direction for each slot. scale is learned and sharpens all mixes. As
+    published it starts at 1, where mixes are almost uniform; for a short training 10 is better.
+    C is the option slots, or round(T*K*cf / E) with T from the option tokens. Never causal.
     """
 
     chooses = None
@@ -749,7 +766,7 @@ class Soft(Router):
             direction = self.scale.to(x.dtype) * unit(self.phi.to(x.dtype), 0)
             logits = torch.einsum("gtd,dec->gtec", unit(x, -1), direction)
             dispatch = logits.softmax(1)  # over tokens: a slot's weights sum to 1
-            gates = logits.flatten(2).softmax(-1)  # over slots: a token's weights sum to 1
+            gates = logits.flatten(2).softmax(-1)  # [G, T, E*C]: a token's weights sum to 1
         combine = gates.view_as(logits)
         load = combine.detach().sum(-1).mean((0, 1))
         return Routing(dispatch, combine, load, logits=logits, gates=gates)
@@ -765,10 +782,11 @@ class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked, run by one batched product a layer.
 
     init: "independent", each as nn.Linear starts; "identical", all like the first, as in V-MoE,
-    where routing alone sets them apart. To change what an expert computes, override expert().
+    where routing alone sets them apart. To change what an expert computes, override expert(): it
+    gets the module's parameters in the order in which they were set.
     """
 
-    biases = ("b1", "b2")  # [E, 1, H], yet weight decay spares them
+    biases = ("b1", "b2")  # weight decay spares them; by their shape they look like weights
 
     def __init__(self, num_experts, dim, hidden, init="independent"):
         super().__init__()

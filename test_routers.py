@@ -1673,7 +1673,7 @@ def test_drawn_images_hold_what_their_labels_and_patch_maps_say():
     assert shapes == {"image": [64, 3, 32, 32], "label": [64], **known}
     assert not set(moe_vision.TRAINED) & set(moe_vision.HELD_OUT)
     for label, tiles in zip(batch["label"], batch["tile"]):  # each class has its own set of tiles
-        owned = moe_vision.OWNED[moe_vision.TRAINED[label]]
+        owned = moe_vision.USED[moe_vision.TRAINED[label]]
         assert len(owned.unique()) == 64 and torch.isin(tiles[tiles >= 0], owned).all()
     assert torch.equal(batch["tile"] >= 0, batch["kind"] > 0)
     whole = batch["kind"] == 2  # a tile shows its pattern: its light pixels are the brighter ones
@@ -2203,7 +2203,7 @@ WRONG_TEXT += [
     ("--router dense --scope global", "are for routers; --router dense has none"),
     ("--router token_choice --hash-key topic", "--hash-key is for --router hash"),
     ("--router hash --hash-key topic", "needs text in at least two topics"),
-    ("--router dense --data short.txt", "is shorter than one block"),
+    ("--router dense --data short.txt", "is shorter than one window"),
     ("--router dense --data empty", "empty holds no text"),
     ("--router dense --data void.txt", "void.txt holds no text"),
     ("--router dense --data latin.txt", "is not UTF-8 at byte 2; --replace-undecodable"),
@@ -2297,8 +2297,8 @@ def test_colours_keep_the_text_and_a_token_of_no_expert_is_grey(shelf):
         text = moe_tokens.sample(b.model, b.data.tokenizer, b.settings, asked, colored)
         texts.append(re.sub("\x1b\\[[0-9;]*m|\ufffd", "", text))
     assert texts[0] == texts[1] and texts[0].startswith("the cat")
-    mass, bare = torch.tensor([[[0.5, 0], [0, 0], [0.1, 0.2]]]), moe_tokens.Tokenizer([])
-    page = moe_tokens.painted(torch.tensor([list(b"abc")]), mass, bare, moe_tokens.on_page)
+    mass, bare = torch.tensor([[0.5, 0], [0, 0], [0.1, 0.2]]), moe_tokens.Tokenizer([])
+    page = moe_tokens.painted(torch.tensor(list(b"abc")), mass, bare, moe_tokens.on_page)
     first, last = (routers.color(e, 2, lightness=0.8) for e in range(2))
     shown = re.findall(r"rgb(\(.*?\))\">(\w)", page)
     assert shown == [(str(first), "a"), (str(moe_tokens.NO_EXPERT), "b"), (str(last), "c")]
@@ -2427,10 +2427,12 @@ def test_a_report_page_of_text_colours_it_by_experts_that_its_legend_numbers(she
         named = rf'<span style="background:rgb\([\d, ]+\)"> expert {e} </span>'
         assert len(re.findall(named, page.text)) == 2  # one for each block
     assert {column for _, column in page.map("block 0: topic")} == {*"0123", "none"}
-    painted = re.search(r"<pre>(.*?)</pre>", page.text, re.S)[1]
-    shown = html.unescape(re.sub(r"<[^>]*>", "", painted))
     documents = moe_tokens.read_documents(said_of(shelf)["data"])
-    assert any(shown[:20] in raw.decode() for _, _, raw in documents)
+    windows = re.findall(r"<pre>(.*?)</pre>", page.text, re.S)
+    for painted in windows:
+        shown = html.unescape(re.sub(r"<[^>]*>", "", painted))
+        assert any(shown in raw.decode() for _, _, raw in documents)  # a stretch of one document
+    assert len(windows) == 3 * 2
 
 
 def test_heat_maps_curves_and_pictures_show_what_they_are_given():
