@@ -1458,7 +1458,8 @@ WRONG_FLAGS = [
     ("--warmup 1", "must be a share from 0 up to 1"),
     ("--few-shot", "--few-shot is for stored images"),
     ("--balance-weight 1", "weighs the losses of --balance vmoe or switch, got --balance none"),
-    ("--router soft --router-lr 2", "--router-lr is for routers with a gate, not soft"),
+    ("--router soft --router-lr 2", "--router-lr is for routers with a gate that learns, not soft"),
+    ("--router token_choice --router-weights frozen --router-lr 2", "with a gate that learns"),
     ("--router token_choice --shared -1", "must be a whole number >= 0, got -1"),
     ("--router token_choice --balance-scope world", "--balance-scope: invalid choice: 'world'"),
     ("--temperature 1", "--temperature is for --sample or --bench"),
@@ -1481,6 +1482,7 @@ WRONG_FLAGS = [
     ("--seed 0 1 --save-every 1 2", "--save-every takes one value, got 2"),
     ("--out y z", "--out takes one value, got 2"),
     ("--task vision tokens", "--task takes one value, got 2"),
+    ("--head class patch", "--head takes one value, got 2"),
     ("--seed 0 1 --out file", "File exists: 'file'"),
     ("--out file", "--out file is a file"),
     ("--eval x --router all", "--eval takes one value for each flag, and one router"),
@@ -1799,6 +1801,18 @@ def test_default_sizes_learn_from_many_tokens_a_parameter_and_dense_can_match_al
         if "total" not in router:
             assert settings.steps * settings.batch_size * data.tokens / active >= tokens
     assert total["dense --dense-match total"] == pytest.approx(total["token_choice"], rel=0.03)
+
+
+def test_a_bias_moves_where_it_balances_or_is_asked_for_and_help_names_the_defaults(capsys):
+    rates = {"": 1e-3, "--balance none": 0, "--balance switch --bias-rate 0.1": 0.1}
+    for flags, rate in rates.items():
+        assert train.settle(said_of(f"--router sigmoid {flags}")).bias_rate == rate
+    assert train.settle(said_of("--router token_choice --balance bias")).bias_rate == 1e-3
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sigmoid (0.0 or 0.001, by router)" in shown
+    assert "all routers (1.0 or none, by router)" in shown and "all routers (1)" in shown
 
 
 @functools.cache
@@ -2538,6 +2552,9 @@ def test_a_table_says_only_what_its_rows_bear_out(shelf, here, monkeypatch):
     shown, _ = table_of("images")
     assert shown.count("| one seed ") == 3 and shown.count("| best ") == 1
     assert "In every row: --task vision --steps 3 --batch-size 8\n" in shown  # not --lr
+    for head in "class", "patch":
+        run(SMALL, f"--router dense --head {head} --out heads/{head}")
+    assert "holds runs of several tasks: vision class, vision patch" in refused("--table heads")
     scores = {"expert_choice (leaky)": -1.0, "token_choice": -2.0}
     monkeypatch.setattr(train, "score", lambda summary, task: scores[summary["router"]])
     flags = "--router token_choice expert_choice --allow-leak --seed 0 1 --out words"

@@ -12,13 +12,18 @@
     python train.py --help                      every setting
 
 Read in order: the settings, then `run`, the whole life of one run, then what it calls. Skip the
-sections marked "Later" on a first reading: of Record, signals, wrap and total, which `run` takes
-from there, the docstrings are enough.
+sections marked "Later" on a first reading; of them it is enough to know
 
-Every random draw comes from (seed, step, what for): one seed fixes data, weights and order, and no
-random state has to be kept. So a resumed run is the same run. Of many processes, each draws the
-whole batch's random numbers and uses its own rows. A run folder holds config.json, metrics.jsonl,
-checkpoint.pt, summary.json and report.html.
+    Record, signals           the run's folder and its checkpoints; a list of signals caught
+    processes, total          (this process's number, how many there are); a sum over all of them
+    wrap, parts_of_batch      the model ready to train; the rows that this process computes
+    examine, specialisation   to which experts the tokens of each label go
+    row, table, report_page   what is printed, and report.html
+
+Every random draw has a key such as (seed, step, "noise"): one seed fixes data, weights and order,
+and no random state has to be kept. So a resumed run is the same run. Of many processes, each draws
+the whole batch's random numbers and uses its own rows. A run folder holds config.json,
+metrics.jsonl, checkpoint.pt, summary.json and report.html.
 """
 
 import argparse
@@ -61,6 +66,8 @@ try:
 except ImportError:  # not on Windows: there, nothing keeps two processes out of one folder
     fcntl = None
 
+# A task is a module: SETTINGS, SIZES, SPLITS, ..., moe_blocks, settle, unused, columns and load, in
+# the order of moe_vision.py. load() gives the data, whose methods build the model, batch and judge.
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
 BALANCE = {  # --balance: the losses it weighs
     "none": {},
@@ -77,11 +84,15 @@ SETTINGS = {
     "router": ("router", "expert_choice", "dense, all, or one of " + ", ".join(ROUTERS)),
     "size": (("tiny", "small", "base"), "tiny", "a preset; each part has a flag too"),
     "seed": ("integer", 0, "fixes data, weights and order"),
-    "data": ("path", None, "a path, cifar10 or cifar100; none: drawn images, the library's text"),
+    "data": (
+        "path",
+        None,
+        "a path, cifar10 or cifar100; by default drawn images, the library's text",
+    ),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
     "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
     "compile": (bool, False, "torch.compile the model, without graph breaks"),
-    "out": ("path", None, "run folder; none: a fresh runs/TASK-ROUTER-N"),
+    "out": ("path", None, "run folder; by default a fresh runs/TASK-ROUTER-N"),
     "log_every": ("whole", 10, "steps between lines of metrics.jsonl"),
     "save_every": ("whole", 200, "steps between checkpoints"),
     # optimisation: AdamW. None: as the size says.
@@ -101,12 +112,16 @@ SETTINGS = {
     "hidden": ("whole", None, "width inside an FFN or an expert"),
     "experts": ("whole", None, "experts E in a block"),
     "shared": ("count", 0, "more experts, which every token passes"),
-    "moe_blocks": ("blocks", None, "blocks with experts, such as 1,3; none: as the task says"),
+    "moe_blocks": ("blocks", None, "blocks with experts, such as 1,3; by default as the task says"),
     "expert_init": (("independent", "identical"), "independent", "start apart, or all alike"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
     # the routers' losses
-    "balance": (tuple(BALANCE), "none", "importance and load, Switch's loss, or a selection bias"),
-    "balance_weight": ("at_least_0", None, "their weight; none: vmoe .005 each, switch .01"),
+    "balance": (
+        tuple(BALANCE),
+        "none",
+        "vmoe: importance, with --noise-std load; token_choice has switch",
+    ),
+    "balance_weight": ("at_least_0", None, "their weight; by default vmoe .005 each, switch .01"),
     "z_loss": ("at_least_0", 0.0, "weight of the mean squared logsumexp of the logits"),
 }
 OPTIONS = {}  # the routers' options: a router added to ROUTERS brings its own
@@ -131,6 +146,7 @@ ACTIONS = {
     "resume": ("path", None, "go on with a stopped run; steps, device, intervals may change"),
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
+# What may be said beside an action; resume and bench check that themselves.
 BESIDE = {"table": (), "eval": ("device",), "sample": ("device", "seed", "task", *SAMPLING)}
 FREE = {"device", "out", "log_every", "save_every"}  # they change no result
 
@@ -171,11 +187,11 @@ def run(said, folder=None, resume=False):
                 if last or stop or step % settings.save_every == 0:
                     check_sound(data, model, step)
                     record.save(step, model, optimizer)
-            stop = bool(total({"stop": len(caught)}, device)["stop"])  # one may have come since
+            stop = bool(total({"stop": len(caught)}, device)["stop"])  # also after the last step
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
             print(f"{done}; --resume {record.folder} goes on from there")
-            return 128 + (caught or [signal.SIGTERM])[0]  # none: another process caught it
+            return 128 + (caught or [signal.SIGTERM])[0]  # or another process did
         spent = record.spent()
         if processes()[0] == 0:
             summary, joints = conclude(settings, data, model, device)
@@ -188,26 +204,26 @@ def run(said, folder=None, resume=False):
 
 # ---------------------------------------------------------------- what `run` calls, in that order
 def settle(said):
-    """{setting: value} as said -> every setting; ValueError where they clash or mean nothing."""
+    """Every setting of a run, from those said; ValueError where they clash or have no effect."""
     settings = filled(said)
     default = filled(dict(task=settings.task, router=settings.router, size=settings.size))
-    for name, why in unused(said).items():  # to say aloud what holds anyway does no harm
+    for name, why in unused(said).items():
         if not hasattr(default, name) or said[name] != getattr(default, name):
-            raise ValueError(why)
+            raise ValueError(why)  # but to repeat a default does no harm
     check(settings, said)
-    with torch.device("meta"):  # a look at it, without its memory
+    with torch.device("meta"):  # without its memory: is it causal?
         router = None if settings.router == "dense" else make_router(settings)
     settings.remark = TASKS[settings.task].settle(settings, router, said)  # such as "leaky", or ""
     return settings
 
 
 def filled(said):
-    """Every setting: as said, else by the router's recipe, the size, or the tables' default."""
+    """Every setting: as said, else by the router's recipe, else by the size, else the default."""
     task = TASKS[said.get("task", SETTINGS["task"][1])]
     values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
-    mode = values | said  # its router and size set more defaults
-    kind = ROUTERS.get(mode["router"])
-    values |= task.SIZES[mode["size"]] | options_of(kind)
+    chosen = values | said  # which router, which size
+    kind = ROUTERS.get(chosen["router"])  # None: dense
+    values |= task.SIZES[chosen["size"]] | options_of(kind)
     if kind:
         values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
@@ -241,8 +257,8 @@ def unused(said):
         elif setting not in SETTINGS | task.SETTINGS | options:
             found[setting] = f"{flag(setting)} is no setting of --task {settings.task}"
     found |= task.unused(settings)
-    if name in ("dense", "hash", "soft"):
-        found["router_lr"] = f"--router-lr is for routers with a gate, not {name}"
+    if getattr(settings, "router_weights", "fixed") != "learned":  # dense, hash and soft have none
+        found["router_lr"] = f"--router-lr is for routers with a gate that learns, not {name}"
     for loss in BALANCE[settings.balance]:
         if loss not in offered and loss != "load":  # load comes with importance, and noise
             found["balance"] = f"--router {name} offers no {loss} loss{offers}"
@@ -271,12 +287,14 @@ def check(settings, said):
         if s.top_k > s.experts:
             raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
         experts = s.experts if s.dense_match == "total" else s.top_k
-        s.width = s.hidden * (experts + s.shared)
-        s.experts = s.top_k = s.shared = None  # so that a grid sees: equal widths are equal runs
+        s.width = s.hidden * (experts + s.shared)  # of the dense FFN
+        s.experts = s.top_k = s.shared = None  # a grid runs dense models of one width once
     if s.balance == "bias" and not s.bias_rate:
         if "bias_rate" in said:
             raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
         s.bias_rate = 1e-3  # as in 2408.15664
+    if s.balance != "bias" and "bias_rate" not in said and hasattr(s, "bias_rate"):
+        s.bias_rate = 0.0  # sigmoid has one by default
     if s.batch_size % (s.grad_accum * processes()[1]):
         rule = f"--grad-accum must divide --batch-size {s.batch_size}"
         raise ValueError(f"{rule}, got {s.grad_accum} in {processes()[1]} process(es)")
@@ -398,44 +416,44 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(settings, step) * group["factor"]
     torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
-    weights = BALANCE[settings.balance] | {"z": settings.z_loss}
+    loss_weights = BALANCE[settings.balance] | {"z": settings.z_loss}
     if settings.balance_weight is not None:
-        weights |= dict.fromkeys(BALANCE[settings.balance], settings.balance_weight)
-    sums, losses, seen = {}, {}, []
+        loss_weights |= dict.fromkeys(BALANCE[settings.balance], settings.balance_weight)
+    sums, losses, of_parts = {}, {}, []
     parts = parts_of_batch(settings)
     for i, part in enumerate(parts):
         batch = data.batch(step, part=part)
-        wait = i + 1 < len(parts) and hasattr(model, "no_sync")  # processes sum gradients once
-        with precision(settings, data.device), model.no_sync() if wait else nullcontext():
+        more = i + 1 < len(parts) and hasattr(model, "no_sync")  # gradients are summed at the last
+        with precision(settings, data.device), model.no_sync() if more else nullcontext():
             loss, counts, routings = data.loss(model, batch)
             objective, of_routers = loss, {}
             distinct = list(dict.fromkeys(routings.values()))  # blocks may share one
             for routing in distinct:
                 add(of_routers, routing.losses)
             for name, value in of_routers.items():
-                if weights.get(name):
-                    objective = objective + weights[name] * value
+                if loss_weights.get(name):
+                    objective = objective + loss_weights[name] * value
                 add(losses, {name: value.detach() / len(parts)})
         (objective / len(parts)).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
-        seen.append(distinct)
+        of_parts.append(distinct)
     if due:
         for moe, routing in zip(moes(model), routings.values()):
             gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
             routing.router_gradient = nn.utils.get_total_norm(gradients)
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     sums = total(sums | {"stop": len(caught)}, data.device)
-    losses = total(losses, data.device, share=processes()[1])
+    losses = total(losses, data.device, divisor=processes()[1])
     if not torch.isfinite(norm + sums["loss"]):
         told = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
         blocks = json.dumps(statistics(routings))
         raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
     optimizer.step()
     optimizer.zero_grad()
-    # Blocks that share a router share its routing: routers and routings come in one order.
+    # One routing of each part for each router: blocks that share a router share its routing.
     each_router = dict.fromkeys(moe.router for moe in moes(model))
-    for i, (router, of_parts) in enumerate(zip(each_router, zip(*seen))):
-        router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
+    for i, (router, routed) in enumerate(zip(each_router, zip(*of_parts))):
+        router.update(routed, seeded(settings.seed, step + 1, "router", i))
     losses["grad_norm"] = norm
     return SimpleNamespace(sums=sums, losses=losses, routings=routings, stop=bool(sums["stop"]))
 
@@ -455,7 +473,7 @@ def moes(model):
 
 
 def statistics(routings):
-    """{block: {sign: number}} of a router's health: SIGNS says it in words, and all are drawn."""
+    """{block: {sign: number}}, the health of each router. The report page draws every number."""
     found = {}
     for block, routing in routings.items():
         counts = routing.counts()
@@ -507,7 +525,7 @@ def conclude(settings, data, model, device):
 
 @torch.no_grad()
 def evaluate(settings, data, model, split):
-    """Metrics over a whole split, cross-entropy alone, without noise; and its routings' signs."""
+    """Metrics over a whole split, without noise and the routers' losses; and its blocks' signs."""
     model.eval()
     sums, loads, signs, batches = {}, {}, {}, 0
     for batch in tqdm(data.split(split), f"evaluating on {split}", leave=False, dynamic_ncols=True):
@@ -534,7 +552,7 @@ def numbers(values):
 
 @contextmanager
 def dropless(model):
-    """Inside, no token is dropped where tokens or thresholds choose; yields: does that differ?"""
+    """Inside, tokens and thresholds choose without drops. Yields: did any have a capacity?"""
     before = {}
     for router in {moe.router for moe in moes(model)}:
         factor, room = router.options.capacity_factor, float(router.num_experts)
@@ -549,7 +567,7 @@ def dropless(model):
 
 
 def parameters(model, data):
-    """Total parameters, and active ones: an expert counts by the share of tokens it is to serve."""
+    """All parameters; and active ones, where an expert counts by its share of a group's tokens."""
     count = sum(p.numel() for p in model.parameters())
     idle = 0.0
     for moe in moes(model):
@@ -674,13 +692,13 @@ def table(rows):
 def results(folder):
     """One table of all finished runs below a folder; results.md and report.html go there."""
     runs, notes = finished(folder)
-    tasks = sorted({done.settings.task for done in runs})
-    if len(tasks) != 1:
+    kinds = sorted({f"{done.settings.task} {getattr(done.settings, 'head', '')}" for done in runs})
+    if len(kinds) != 1:
         why = "no finished run (a folder with a summary.json) lies there"
-        if tasks:
-            why = f"holds runs of several tasks: {', '.join(tasks)}"
+        if kinds:
+            why = f"holds runs of several tasks: {', '.join(map(str.strip, kinds))}"
         raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
-    task = TASKS[tasks[0]]
+    task = TASKS[runs[0].settings.task]
     groups = {}
     for done in runs:  # the runs of one setting, one of each seed
         key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
@@ -785,11 +803,11 @@ def score(summary, task):
 
 # ================================================================ Later: what experts know
 def specialisation(settings, data, model):
-    """What an expert's choice tells of the labels of a token.
+    """How an expert's choice goes with the labels of tokens, in two forms.
 
-    {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}, and for pictures {block:
-    {label: (share [labels, E + 1], the labels' names)}}: how many tokens of a label go to each
-    expert, a token divided by its weights; the last column is no expert.
+    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}. Maps {block:
+    {label: (share [labels, E + 1], names)}}: column e is how many tokens of a label expert e gets,
+    a token of several divided by its weights; the last column, those that no expert gets.
     """
     model.eval()
     gathered, start = {}, 0
@@ -851,8 +869,8 @@ def nmi(joint):
 def nmi_and_null(mass, label, unit, draws=100):
     """[NMI, null mean, null 95 %] of expert with label: mass [N, E], label [N], unit [N].
 
-    The null deals the units' labels out anew. On a unit the label is constant (a document and its
-    topic), or the routing is (a sequence routed whole); (unit, label) pairs that occur serve both.
+    The null hands each unit's labels to a random other unit. Within a unit the label is constant (a
+    document and its topic), or the routing is (a sequence routed whole).
     """
     units, index = unit.unique(return_inverse=True)
     routed = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
@@ -1414,13 +1432,13 @@ def parts_of_batch(settings):
     return [slice(start, start + rows) for start in starts]
 
 
-def total(values, device, share=1):
-    """{name: number} summed over all processes, divided by `share`."""
+def total(values, device, divisor=1):
+    """{name: number} summed over all processes, divided by `divisor`."""
     if not dist.is_initialized() or not values:
         return values
     vector = torch.stack([torch.as_tensor(value).double().to(device) for value in values.values()])
     dist.all_reduce(vector)
-    return dict(zip(values, vector / share))
+    return dict(zip(values, vector / divisor))
 
 
 def mean_over_processes(value):
@@ -1442,7 +1460,7 @@ def grid(lists):
 
     Finished runs are kept, unfinished ones go on, equal ones are one. Ends with the table.
     """
-    for name in ("out", "device", "log_every", "save_every", "task"):
+    for name in ("out", "device", "log_every", "save_every", "task", "head"):
         if len(lists.get(name, ())) > 1:
             raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
     every = "all" in lists.get("router", ())
@@ -1461,6 +1479,8 @@ def grid(lists):
         try:
             ended = run(cell, folder, resume=(folder / "checkpoint.pt").exists())
         except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+            if dist.is_initialized():
+                raise  # perhaps in this process alone: the others must not wait for it
             print(f"{folder} failed: {one_line(error)}", file=sys.stderr)
             ended = 1
         gc.collect()  # a model and its data hold each other
@@ -1691,9 +1711,16 @@ def make_parser():
     parser.epilog = grids
     options, kinds = {}, CHOICES | {"capacity_factor": "capacity"}
     for name, default in OPTIONS.items():
-        having = [router for router, kind in ROUTERS.items() if name in kind.defaults]
-        what = "all routers" if len(having) == len(ROUTERS) else ", ".join(having)
         of_type = {bool: bool, float: "at_least_0"}.get(type(default), "whole")
+        usual = {}
+        for router, kind in ROUTERS.items():
+            if name in kind.defaults:
+                usual[router] = spell((kind.defaults | kind.recipe)[name])
+        what = "all routers" if len(usual) == len(ROUTERS) else ", ".join(usual)
+        if len(set(usual.values())) > 1:
+            what += f" ({' or '.join(sorted(set(usual.values())))}, by router)"
+        if set(usual.values()) != {spell(default)}:
+            default = None
         options[name] = kinds.get(name, of_type), default, what
     groups = {"a run": SETTINGS, "images": moe_vision.SETTINGS, "text": moe_tokens.SETTINGS}
     groups |= {"router options, for the routers named": options, "instead of a run": ACTIONS}
@@ -1766,7 +1793,7 @@ def one_line(error):
 
 
 def main(words=None):
-    """Run the command line; returns the exit status. Errors are one line, status 2."""
+    """Run the command line; returns the exit status: 2 after an error, 1 if a run diverged."""
     keep_memory()
     with redirect_stdout(Outlet(sys.stdout)), redirect_stderr(Outlet(sys.stderr)):
         try:
