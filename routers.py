@@ -384,7 +384,7 @@ class Router(nn.Module):
             self.random_gate = copy.deepcopy(self.gate)  # for training; evaluation has a fixed one
 
     def redraw(self, gate, generator=None):
-        """Fresh weights of deviation dim^-1/2: unit-variance logits for unit-variance tokens."""
+        """Fresh weights of deviation dim^-1/2: a linear gate turns unit variance into unit variance."""
         with torch.no_grad():
             for weight in gate.parameters():
                 fresh = torch.empty(weight.shape, dtype=weight.dtype)
@@ -828,7 +828,8 @@ def stacked(num_experts, rows, columns, fan_in, init="independent"):
 class MoE(nn.Module):
     """The layer: route, dispatch, let the experts work, combine.
 
-    experts  any module on slots [G, E, C, D], such as Experts
+    experts  any module on slots [G, E, C, D] that treats each slot by itself, such as Experts;
+             empty slots hold some token, whose output weighs nothing
     shared   None, or a module on [..., D] that every token passes beside the routed experts: N
              shared experts are an FFN N times as wide (DeepSeekMoE, 2401.06066)
     """
