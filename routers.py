@@ -384,7 +384,7 @@ class Router(nn.Module):
             self.random_gate = copy.deepcopy(self.gate)  # for training; evaluation has a fixed one
 
     def redraw(self, gate, generator=None):
-        """Fresh weights of deviation dim^-1/2: a linear gate turns unit variance into unit variance."""
+        """Fresh weights of deviation dim^-1/2: a linear gate keeps the variance of tokens."""
         with torch.no_grad():
             for weight in gate.parameters():
                 fresh = torch.empty(weight.shape, dtype=weight.dtype)
