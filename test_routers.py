@@ -2546,12 +2546,18 @@ def test_a_table_keeps_the_whole_runs_and_names_those_that_it_left_out(here, alb
     assert "no finished run" in said and "Not finished: dense" in said
 
 
+DENSE = {("active", "1"), ("active", "2"), ("total", "-")}
+
+
 def test_a_table_says_only_what_its_rows_bear_out(shelf, here, monkeypatch):
     data = [write_npz(f"{name}.npz") for name in "ab"]
     run(SMALL, "--size tiny small --router dense --out images --data", *data)
     shown, _ = table_of("images")
     assert shown.count("| one seed ") == 3 and shown.count("| best ") == 1
     assert "In every row: --task vision --steps 3 --batch-size 8\n" in shown  # not --lr
+    run(SMALL, "--router dense --top-k 1 2 --dense-match active total --out dense")
+    _, rows = table_of("dense")  # three widths
+    assert {(row["dense_match"], row["top_k"]) for row in rows} == DENSE and len(rows) == 3
     for head in "class", "patch":
         run(SMALL, f"--router dense --head {head} --out heads/{head}")
     assert "holds runs of several tasks: vision class, vision patch" in refused("--table heads")

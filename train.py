@@ -286,9 +286,11 @@ def check(settings, said):
     if s.router == "dense":
         if s.top_k > s.experts:
             raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
-        experts = s.experts if s.dense_match == "total" else s.top_k
+        experts = s.top_k
+        if s.dense_match == "total":
+            experts, s.top_k = s.experts, None  # a grid over K runs this once
         s.width = s.hidden * (experts + s.shared)  # of the dense FFN
-        s.experts = s.top_k = s.shared = None  # a grid runs dense models of one width once
+        s.experts = s.shared = None  # a grid over these runs equal widths once
     if s.balance == "bias" and not s.bias_rate:
         if "bias_rate" in said:
             raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
