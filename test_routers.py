@@ -2919,6 +2919,16 @@ def test_sequences_are_routed_in_one_process_only(shelf, here):
     assert in_two_processes([flags]) == [2, 2]
 
 
+def test_an_error_in_one_of_many_processes_ends_the_grid(here, monkeypatch):
+    monkeypatch.setattr(train, "processes", lambda: (0, 1))
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "run", Mock(side_effect=ValueError("in use")))
+    _, lists = train.parse(words_of([SMALL, "--seed 0 1 --out grid"]))
+    with pytest.raises(ValueError, match="in use"):
+        train.grid(lists)
+    assert train.run.call_count == 1  # the others must not wait for the next run
+
+
 def test_a_wrong_setting_of_torchrun_is_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun sets RANK to a whole number, got RANK=None" in refused(SMALL)
