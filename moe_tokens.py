@@ -13,11 +13,9 @@ files side by side.
 
 import collections
 import html
-import itertools
 import json
 import keyword
 import math
-import operator
 import pathlib
 import platform
 import re
@@ -62,7 +60,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """x + attend(x), then x + feed(norm2(x)): attention, and an FFN or MoE which the model runs."""
+    """x + attend(x), then x + feed(norm2(x)). No forward(): the model runs the FFN or MoE, feed."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -120,7 +118,9 @@ class GPT(nn.Module):
         z = block.norm2(x)
         if not isinstance(block.feed, MoE):
             return block.feed(z), None
-        routing = given or self.route(block.feed, z, key)
+        routing = given
+        if routing is None:
+            routing = self.route(block.feed, z, key)
         if self.unit == "sequence":
             z = z.flatten(1)[None]  # [1, B, T * D]
         y, _ = block.feed(z, routing=routing)
@@ -130,23 +130,11 @@ class GPT(nn.Module):
         """The Routing of x [B, T, D], key [B, T]: B groups of tokens, or one of B sequences."""
         if self.unit == "token":
             return moe.router(x, key)
-        return moe.router(x[:, : self.prefix].mean(1)[None], key[None, :, 0])
+        pooled = x[:, : self.prefix].mean(1)  # [B, D]
+        return moe.router(pooled[None], key[None, :, 0])
 
     def moes(self):
         return [block.feed for block in self.blocks if isinstance(block.feed, MoE)]
-
-
-def build_gpt(settings, vocab_size, topics, make_feed):
-    """The GPT; make_feed(block) gives each block its FFN or MoE."""
-    s = settings
-    if s.hash_key == "topic" and not topics:
-        where = "folders below --data, or the standard library"
-        raise ValueError(f"--hash-key topic needs text in at least two topics: {where}")
-    if s.router == "hash" and s.num_keys is None:
-        s.num_keys = len(topics) if s.hash_key == "topic" else vocab_size  # for make_feed
-    feeds = [make_feed(block) for block in range(s.depth)]
-    prefix = s.prefix if s.pool == "prefix" else None
-    return GPT(vocab_size, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
 
 
 def moe_blocks(depth):
@@ -158,7 +146,7 @@ def settle(settings, router, said):
     """Fill in what follows from other settings; ValueError where they clash, or for a leak.
 
     router: as the model will hold it, or None for dense. said: {setting: value}, the user's words.
-    Returns what marks every result: "", "leaky" or "topic oracle".
+    Returns the remark beside every result: "", "leaky" or "topic oracle".
     """
     s = settings
     if s.unit == "sequence" and torch.distributed.is_initialized():
@@ -176,9 +164,11 @@ def settle(settings, router, said):
     s.hash_key = s.hash_key or "token"
     s.pool = s.pool or "prefix"
     s.prefix = s.prefix or 16
-    read = s.prefix if reads_sequences(s) and s.pool == "prefix" else 1  # before any score
-    s.score_from = s.score_from or read
-    for flag, value in ("--prefix", read), ("--score-from", s.score_from):
+    seen = 1  # tokens that the routing of a sequence has seen; their prediction is not scored
+    if reads_sequences(s) and s.pool == "prefix":
+        seen = s.prefix
+    s.score_from = s.score_from or seen
+    for flag, value in ("--prefix", seen), ("--score-from", s.score_from):
         if value > s.context:
             raise ValueError(f"{flag} must be at most --context {s.context}, got {value}")
     why = leak(s, router)
@@ -191,7 +181,7 @@ def settle(settings, router, said):
 
 
 def reads_sequences(settings):
-    """Does a router read sequences as a whole? hash goes by the first token, or by the topic."""
+    """Is a sequence routed by what its tokens say? Not by hash, which goes by one key alone."""
     return settings.unit == "sequence" and settings.router not in ("hash", "dense")
 
 
@@ -204,7 +194,7 @@ def leak(settings, router):
     if reads_sequences(s) and s.pool == "mean":
         return "--pool mean routes a sequence by later tokens too; --pool prefix does not"
     if reads_sequences(s) and s.score_from < s.prefix:
-        rule = f"tokens whose routing has read on to position {s.prefix}"
+        rule = f"tokens that the routing, by the first {s.prefix}, has seen"
         return f"--score-from {s.score_from} scores {rule}"
     return ""
 
@@ -220,6 +210,10 @@ def unused(settings):
     if not reads_sequences(settings):
         why = "--pool and --prefix are for --unit sequence and a router that reads tokens"
         found["pool"] = found["prefix"] = why
+    elif settings.pool == "mean":
+        found["prefix"] = "--prefix is for --pool prefix, not mean"
+    if holds_bins(settings.data):
+        found["replace_undecodable"] = "--replace-undecodable is for text; .bin files hold tokens"
     return found
 
 
@@ -228,7 +222,14 @@ class Text:
     """Windows of `context` tokens: of documents, none across two; or of nanoGPT's .bin files.
 
     parts[name] is tokens [N] and where each window starts [windows]; of documents also each
-    window's document and topic. A batch is {"input": [B, T], "label": [B, T]}, of documents also
+    window's document and topic. Reading sets about, vocab_size and parts, and of documents
+
+    tokenizer, bytes_of  its pieces of text, and the bytes in each; None for .bin files
+    topics, topic_names  all topics (none if there is one alone), and the names of the ten largest
+    label_of_topic       topic -> its place in topic_names, or -1
+    classes, class_of    CODE or PROSE, and the class of each token
+
+    A batch is {"input": [B, T], "label": [B, T]}, of documents also
     "document" [B], "topic" [B] and "bytes" [B, T], how many bytes each label spells. batch(step,
     part) gives the slice `part` of the step's batch, the same for every run of one seed;
     split(name) the batches of a part.
@@ -259,7 +260,15 @@ class Text:
 
     def build(self, settings, make_feed):
         """The GPT; make_feed(block) gives each block its FFN or MoE."""
-        return build_gpt(settings, self.vocab_size, self.topics, make_feed)
+        s, V = settings, self.vocab_size
+        if s.hash_key == "topic" and not self.topics:
+            where = "folders below --data, or the standard library"
+            raise ValueError(f"--hash-key topic needs text in at least two topics: {where}")
+        if s.router == "hash" and s.num_keys is None:
+            s.num_keys = len(self.topics) if s.hash_key == "topic" else V  # for make_feed
+        feeds = [make_feed(block) for block in range(s.depth)]
+        prefix = s.prefix if s.pool == "prefix" else None
+        return GPT(V, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
 
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order."""
@@ -316,9 +325,9 @@ class Text:
         return found
 
     def labels(self, batch, start):
-        """What an expert's choice may go by: {name: (label [B, T], unit [B, T], names of labels)}.
+        """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        unit: the number of the document or token that has this one label; None: no NMI, only a
+        owner: the number of the document or token that has this one label; None: no NMI, only a
         map. Label -1 is none. `start` windows came before this batch.
         """
         if self.tokenizer is None:
@@ -349,17 +358,17 @@ class Text:
             logits, _ = model(batch["input"][:, :end], batch.get("topic"))
             label = batch["label"][:, end - 1]
             generated += F.cross_entropy(logits[:, -1], label, reduction="sum")
-        for name, loss in ("as_scored", scored * counts["count"]), ("as_generated", generated):
+        for way, loss in ("as_scored", scored * counts["count"]), ("as_generated", generated):
             metrics = self.metrics(counts | {"loss": loss})
-            facts[name] = {name: float(value) for name, value in metrics.items()}
+            facts[way] = {name: float(value) for name, value in metrics.items()}
         return facts
 
     def files(self):
         """What a run folder keeps of its data, {file name: content}."""
         if self.tokenizer is None:
             return {}
-        lexemes = self.tokenizer.pieces[256:]
-        return {"tokenizer.json": [lexeme.decode("latin-1") for lexeme in lexemes]}
+        known = self.tokenizer.pieces[256:]
+        return {"tokenizer.json": [lexeme.decode("latin-1") for lexeme in known]}
 
     def tell(self, model, joints):
         """What is printed of the experts at the end: the commonest tokens of each."""
@@ -368,7 +377,7 @@ class Text:
             if "token" not in labels:
                 continue
             mass, pieces = labels["token"]
-            for expert, share in enumerate(mass.T[:-1]):  # the last column is no expert
+            for expert, share in enumerate(mass[:, :-1].T):  # the last column is no expert
                 words = []
                 for i in share.topk(12).indices:
                     if share[i] > 0:
@@ -383,7 +392,8 @@ class Text:
             return ""
         batch = self.ready("validation", self.scored[:: max(1, len(self.scored) // 3)][:3])
         page = ["<h2>Validation text, coloured by expert</h2>"]
-        for block, routing in self.loss(model, batch)[2].items():
+        _, routings = model(batch["input"], batch.get("topic"))
+        for block, routing in routings.items():
             mass = routing.mass()
             E = mass.shape[-1]
             legend = [on_page(f" expert {e} ", *color(e, E, lightness=0.8)) for e in range(E)]
@@ -407,7 +417,7 @@ class Text:
             self.parts[part] = ids, np.arange(0, len(ids) - self.context, self.context)
             largest[part] = int(ids.max())
         size = max(largest.values()) + 1
-        self.vocab_size = vocab_size or 64 * math.ceil(size / 64)  # rounded up: products like that
+        self.vocab_size = vocab_size or 64 * math.ceil(size / 64)  # a multiple of 64 runs faster
         for part, token in largest.items():
             if token >= self.vocab_size:
                 rule = f"beyond --vocab-size {self.vocab_size}"
@@ -419,6 +429,7 @@ class Text:
         if most is not None and most < 256:
             raise ValueError(f"--vocab-size must be at least 256 for text, its bytes, got {most}")
         documents = read_documents(settings.data, settings.replace_undecodable)
+        # A document of fewer bytes than that cannot fill a window.
         long = [document for document in documents if len(document[2]) > self.context]
         train, validation = divide(long or documents)
         if folder:
@@ -478,6 +489,19 @@ class Text:
             self.topic_names.append(topics[topic])
 
 
+class Vocabulary(Text):
+    """A run's tokenizer without its documents: all that sampling needs."""
+
+    def __init__(self, settings, device, folder):
+        if not (folder / "tokenizer.json").is_file():
+            kind = f"a run of --task {settings.task} without a tokenizer"
+            raise ValueError(f"--sample {folder}: {kind} writes no text")
+        if settings.hash_key == "topic":
+            raise ValueError("this run routes by topic, and a prompt has none")
+        self.tokenizer = Tokenizer.read(folder / "tokenizer.json")
+        self.vocab_size, self.tokens = len(self.tokenizer.pieces), settings.context
+
+
 def columns(summary):
     """The table's columns that are this task's own: {name: number or None}."""
 
@@ -486,7 +510,8 @@ def columns(summary):
 
     found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
     found["dropless"], found["as generated"] = bits("validation_dropless"), None
-    if bits("as_generated"):  # both are of the same few windows: their difference counts
+    if bits("as_generated"):
+        # It is of a few windows alone: what they lose is added to the loss of all windows.
         found["as generated"] = bits("validation") + bits("as_generated") - bits("as_scored")
     found["vocabulary"] = summary["vocab_size"]
     found["bytes/token"] = summary.get("bytes_per_token")
@@ -619,7 +644,8 @@ def token_class(token, piece, classes):
     """The place in CODE or PROSE of a token, by its spelling alone; ids below 256 are raw bytes."""
     spelling = ""
     if token >= 256:
-        spelling = piece.decode("utf-8", "replace").replace("\ufffd", "x")  # what was cut: a letter
+        # A character that was cut in two counts as a letter.
+        spelling = piece.decode("utf-8", "replace").replace("\ufffd", "x")
     for place, pattern in enumerate(classes.values()):
         if re.match(pattern, spelling):
             return place
@@ -678,9 +704,9 @@ def names_below(folder, library):
 
 
 def divide(documents):
-    """Training and validation documents: of each topic a tenth is held out.
+    """Training and validation documents: a tenth of each topic is held out, at least one document.
 
-    At least one is, where a topic has two; of a lone document, its end.
+    Topics of a single document are taken together. Of a lone document, the end is held out.
     """
     if len(documents) == 1:
         topic, name, raw = documents[0]
@@ -754,12 +780,18 @@ def painted(tokens, mass, tokenizer, paint):
     """
     E = mass.shape[-1]
     experts = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).expand(len(tokens))
-    pairs = zip(experts.tolist(), tokens.tolist())
+    stretches = []  # [expert, its bytes]
+    for expert, token in zip(experts.tolist(), tokens.tolist()):
+        piece = tokenizer.pieces[token]
+        inside = piece[0] & 0xC0 == 0x80  # of a character, which takes its first byte's colour
+        if stretches and (inside or expert == stretches[-1][0]):
+            stretches[-1][1] += piece
+        else:
+            stretches.append([expert, piece])
     text = ""
-    for expert, stretch in itertools.groupby(pairs, key=operator.itemgetter(0)):
-        words = tokenizer.decode(token for _, token in stretch).decode("utf-8", "replace")
+    for expert, raw in stretches:
         rgb = color(expert, E, lightness=0.8) if expert < E else NO_EXPERT
-        text += paint(words, *rgb)
+        text += paint(raw.decode("utf-8", "replace"), *rgb)
     return text
 
 

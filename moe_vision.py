@@ -13,6 +13,7 @@ import base64
 import hashlib
 import http.client
 import math
+import os
 import pathlib
 import shutil
 import tarfile
@@ -51,7 +52,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """x + attend(x), then x + feed(norm2(x)): attention, and an FFN or MoE which the model runs."""
+    """x + attend(x), then x + feed(norm2(x)). No forward(): the model runs the FFN or MoE, feed."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -112,8 +113,8 @@ class ViT(nn.Module):
             return block.feed(z), None
         if not self.together:
             return block.feed(z)  # with its Routing
-        place = torch.arange(x.shape[1], device=x.device).repeat(1, len(x))  # what hash goes by
-        y, routing = block.feed(z.flatten(0, 1)[None], place)
+        position = torch.arange(x.shape[1], device=x.device).repeat(1, len(x))  # hash's keys
+        y, routing = block.feed(z.flatten(0, 1)[None], position)
         return y.view_as(x), routing
 
 
@@ -122,11 +123,8 @@ def moe_blocks(depth):
     return [block for block in range(depth) if (depth - block) % 2]
 
 
-HARD_ONLY = "--group batch is for hard routers in one process: Soft MoE's slots are for one image"
-
-
 def settle(settings, router, said):
-    """ValueError where settings clash. Returns a mark for every result; images need none.
+    """ValueError where settings clash. Returns the remark beside every result: none on images.
 
     `router` and `said` are for moe_tokens.py: images may be routed in any way.
     """
@@ -137,14 +135,16 @@ def settle(settings, router, said):
         rule = f"of those drawn on the fly, {len(HELD_OUT)} classes are always held out"
         raise ValueError(f"--few-shot is for stored images; {rule}")
     if settings.group == "batch" and torch.distributed.is_initialized():
-        raise ValueError(HARD_ONLY)
+        raise ValueError("--group batch routes the batch as one group; it runs in one process")
     return ""
 
 
 def unused(settings):
     """{setting: why it has no effect beside the others}."""
-    if settings.router in ("dense", "soft"):
-        return {"group": HARD_ONLY}
+    if settings.router == "dense":
+        return {"group": "--group is for routers; --router dense has none"}
+    if settings.router == "soft":
+        return {"group": "--group batch does not fit Soft MoE, whose slots are for one image"}
     return {}
 
 
@@ -211,9 +211,9 @@ class Images:
         return found
 
     def labels(self, batch, start):
-        """What an expert's choice may go by: {name: (label [B, T], unit [B, T], names of labels)}.
+        """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        unit: the number of the image or patch that has this one label. Label -1 is none. `start`
+        owner: the number of the image or patch that has this one label. Label -1 is none. `start`
         images came before this batch.
         """
         B, T = len(batch["image"]), self.tokens
@@ -320,7 +320,8 @@ KINDS = ("background", "edge", "interior")  # of a patch
 PATCH_CLASSES = 1 + 2 * len(SHAPES)  # 0 background; of shape s, 2s + 1 edge, 2s + 2 interior
 TILE = 4  # pixels along a tile
 TILES = torch.randint(2, (256, TILE, TILE), generator=seeded("tiles")) * 2.0 - 1  # dark -1, light 1
-USED = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]  # [classes, 64]
+# The 64 tiles that each class draws on, [classes, 64].
+USED = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]
 TRAINED, HELD_OUT = range(18), range(18, 24)  # classes; those held out are for the probe
 
 
@@ -589,7 +590,8 @@ def download(name, root="data"):
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    archive, part = folder.with_suffix(".tar.gz"), folder.with_suffix(".part")
+    mine = folder.with_name(f"{name}-{os.getpid()}")  # many processes may fetch it at once
+    archive, part = mine.with_suffix(".tar.gz"), mine.with_suffix(".part")
     try:
         with urllib.request.urlopen(url, timeout=30) as reply, open(archive, "wb") as file:
             shutil.copyfileobj(reply, file)
@@ -602,7 +604,8 @@ def download(name, root="data"):
         files = sorted(part.rglob("*.bin"))
         if not files:
             raise ValueError(f"{url} holds no .bin file")
-        files[0].parent.rename(folder)
+        if not folder.is_dir():  # else another process was first
+            files[0].parent.rename(folder)
     except (OSError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
         raise ValueError(f"cannot fetch {url}: {error}") from None
     finally:
@@ -639,12 +642,12 @@ def ridge_accuracy(support, query):
 NO_EXPERT = (200, 200, 200)  # grey
 
 
-def strip(tiles, side=112, margin=4):
-    """Square tiles [N, S, S, 3] one below the other, each `side` pixels wide in a white frame."""
-    nearest = np.arange(side) * tiles.shape[1] // side
+def strip(images, side=112, margin=4):
+    """Images [N, S, S, 3] one below the other, each `side` pixels wide in a white frame."""
+    nearest = np.arange(side) * images.shape[1] // side
     space = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-    tiles = np.pad(tiles[:, nearest][:, :, nearest], space, constant_values=255)
-    return np.concatenate(tiles)
+    images = np.pad(images[:, nearest][:, :, nearest], space, constant_values=255)
+    return np.concatenate(images)
 
 
 def swatches(num_experts):

@@ -11,8 +11,8 @@ Axes, the same letters in every file:
     D  width of a token                                                E  experts
     C  slots, or capacity, of one expert in one group                  K  choices of one token
 
-An example: one group of three tokens, three experts with two slots each, one choice a token
-(token choice). The gates, softmax(logits), are
+An example, token choice: one group of three tokens, one choice a token, and three experts with two
+slots each (capacity_factor=2). The gates, softmax(logits), are
 
               expert 0  expert 1  expert 2
     token 0      .5        .3        .2        All three like expert 0 best. It has two slots:
@@ -27,16 +27,18 @@ Words, the same in every file:
     gate        the layer that makes logits [G, T, E] from tokens
     gates       softmax(logits), unless a router says otherwise
     plan        logits or gates rebalanced, so that all experts get about the same
-    scores      gates or a plan: by them tokens choose experts, or experts choose tokens
-    assignment  of one token to one expert; it is dropped if that expert has no slot left
+    scores      what decides a routing, and what weighs its outputs: gates or a plan
+    load        the share of all assignments that each expert gets
+    assignment  one token sent to one expert; it is dropped if that expert has no slot left
+    line        the order in which assignments ask for slots
     dropless    C is as large as the fullest expert needs, so that no assignment is dropped
 
 Routers in Vision Mixture of Experts (2401.15969) compares six of the routers below: TokenChoice and
 its Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. "As published" means
 the code in google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from it.
 
-Read in order; what serves the other files stands last. To add a router, subclass one and add it to
-ROUTERS. Not here: expert parallelism, padding.
+Read in order. To add a router, subclass one and add it to ROUTERS. Not here: expert parallelism,
+padding.
 """
 
 import colorsys
@@ -92,7 +94,7 @@ class Routing:
 
 
 class HardRouting(Routing):
-    """At most one token in a slot: the same by gather and scatter, without tensors [G, T, E, C].
+    """A routing with at most one token in a slot: an index for each slot, a gather and a scatter.
 
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
@@ -103,8 +105,8 @@ class HardRouting(Routing):
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # Each slot's weight and the row of x.flatten(0, 1) that it reads, ordered [E, G, C]: so one
-        # batched product over E needs no copy. An empty one reads its group's last token, weight 0.
+        # Of each slot, the row of x.flatten(0, 1) that it reads, and its weight: an empty one reads
+        # its group's last token, with weight 0. In order [E, G, C], as Experts multiplies.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
         self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
@@ -115,7 +117,7 @@ class HardRouting(Routing):
         return dispatch, dispatch * self.weight[:, None]
 
     def gather(self, x):
-        """dispatch(x), but an empty slot holds its group's last token: no mask, and weight 0."""
+        """dispatch(x), but an empty slot holds its group's last token; its weight is 0."""
         G, E, C = self.index.shape
         slots = x.flatten(0, 1).index_select(0, self._rows)
         return slots.view(E, G, C, x.shape[-1]).transpose(0, 1)  # [G, E, C, D]
@@ -130,9 +132,9 @@ class HardRouting(Routing):
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
             return self.combine(experts(self.gather(x)))
-        seated = (self.index < self.tokens).transpose(0, 1).flatten()
+        taken = (self.index < self.tokens).transpose(0, 1).flatten()
         # The number of filled slots is known, so that nothing here waits for the device.
-        slot = seated.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
+        slot = taken.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
         rows = self._rows[slot]
         y = experts.ragged(x.flatten(0, 1).index_select(0, rows), self.filled)  # [N, D]
         return self._add_up(y, self._weights[slot], rows)
@@ -156,7 +158,7 @@ class HardRouting(Routing):
 
 
 def top(scores, k, dim):
-    """Indices of the k largest along dim, falling; of equals the lower first, unlike torch.topk."""
+    """Indices of the k largest along dim, largest first. Unlike in torch.topk, ties keep order."""
     if k == 1:
         return scores.argmax(dim, keepdim=True)
     return scores.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, k)
@@ -165,11 +167,11 @@ def top(scores, k, dim):
 def queue(wants, capacity):
     """wants [G, N, E] -> [G, E, C]: which of N places in line gets each slot, N where none does.
 
-    Place n gets slot c of expert e where wants[g,n,e], as the c-th of those that want e.
+    Of the places n that want expert e, wants[g,n,e], the first gets slot 0, the second slot 1, ...
     """
     count = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
     nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
-    # A count never falls along the line: the c-th who wants e is the first n whose count is c.
+    # A count never falls along the line: slot c is for the first n at which it reaches c + 1.
     return torch.searchsorted(count, nth.repeat(*count.shape[:2], 1))
 
 
@@ -195,7 +197,8 @@ def sinkhorn_plan(logits, iterations=20):
 def project(z, k):
     """Each column of z [G, T, E], over T, projected on the simplex with at most k non-zeros.
 
-    One threshold comes off its k largest entries (of equals, the first): what is above sums to 1.
+    Only its k largest entries stay (of equals, the first). One threshold is taken off them, such
+    that those still above 0 sum to 1; the others become 0.
     """
     largest = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
     size = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
@@ -309,8 +312,9 @@ class Router(nn.Module):
     their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
     writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
 
-    causal is True only if, with these options, no token's choices can depend on later tokens. Drops
-    still may: C grows with T, so a token dropped from a short text may find a slot in a longer one.
+    causal is True only if, with these options and C given, later tokens change neither a token's
+    choices nor its drops. But C grows with T: a token dropped from a short text may find a slot in
+    a longer one.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
@@ -343,7 +347,7 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(num_experts))
 
     def check_options(self):
-        """ValueError, naming rule and value, for a value against its rule."""
+        """ValueError for an invalid option; it names the rule and the value."""
         values = dict(dim=self.dim, num_experts=self.num_experts) | vars(self.options)
 
         def need(held, name, rule):
@@ -425,12 +429,12 @@ class Router(nn.Module):
         gates = self.probabilities(noisy)
         return gates, gates
 
-    def by_plan(self, plan, z, gates):
-        """Scores where plan(z) decides; combine_weights says whether it or the gates weigh."""
-        if self.options.combine_weights == "plan":
-            decides = plan(z)
-            return decides, decides
-        return plan(z.detach()), gates  # the plan weighs nothing, so it needs no gradient
+    def by_plan(self, make_plan, z, gates):
+        """Scores where make_plan(z) decides; combine_weights says whether it or the gates weigh."""
+        if self.options.combine_weights == "softmax":
+            return make_plan(z.detach()), gates  # a plan that weighs nothing needs no gradient
+        plan = make_plan(z)
+        return plan, plan
 
     def capacity(self, tokens):
         """C = ceil(margin*T*K*cf / E), at most T, for a group of T tokens; None if dropless."""
@@ -442,12 +446,12 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update(self, routings, generator=None):
-        """Called once a step with its routings, it alone changes what no gradient changes."""
+        """Called once after each training step with its routings: moves what has no gradient."""
         if getattr(self.options, "router_weights", None) == "random":
             self.redraw(self.random_gate, generator)
 
     def _apply(self, fn, recurse=True):
-        """What .to() and .half() call. bias and threshold change by small steps: keep float32."""
+        """As in nn.Module, but bias and threshold stay in float32: their steps are tiny."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, after in self.named_buffers(recurse=False):
@@ -507,26 +511,27 @@ class TokenChoice(Router):
     def seat(self, expert_index, weight, scores=None):
         """Give slots to the assignments expert_index, weight [G, T, K], in order of `priority`.
 
-        Assignment k of token t has the number t * K + k. Only priority "gate" reads the scores.
+        Choice k of token t is assignment t * K + k. Only priority "gate" reads the scores.
         """
         G, T, K = expert_index.shape
         device = expert_index.device
         token = torch.arange(T, device=device).expand(G, T)
         if self.options.priority == "gate":
             token = top(scores.amax(-1), T, -1)  # [G, T], the surest first
-        number = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K]
+        assignment = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K]
         if self.options.priority != "token":
-            number = number.mT  # [G, K, T]: all first choices stand before any second
-        line = number.flatten(1)  # [G, T*K], the numbers as they stand in line
+            assignment = assignment.mT  # [G, K, T]: all first choices stand before any second
+        line = assignment.flatten(1)  # [G, T*K], the assignments in the order of the line
         wanted = expert_index.flatten(1).gather(1, line)
         wants = wanted[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
         C, filled = self.room(wants, T)
         place = queue(wants, C).flatten(1)  # [G, E*C], in the line; T*K where a slot is empty
-        # The number of the assignment in each slot; T*K where it is empty.
-        seated = F.pad(line, (0, 1), value=T * K).gather(1, place).view(G, self.num_experts, C)
-        weight = F.pad(weight.flatten(1), (0, 1)).gather(1, seated.flatten(1)).view_as(seated)
+        in_slot = F.pad(line, (0, 1), value=T * K).gather(1, place)  # assignments; T*K if empty
+        weight = F.pad(weight.flatten(1), (0, 1)).gather(1, in_slot)
+        shape = G, self.num_experts, C
+        index, weight = (in_slot // K).view(shape), weight.view(shape)
         load = wants.sum((0, 1)).to(weight.dtype) / max(1, G * T * K)
-        return HardRouting(seated // K, weight, T, load, filled=filled, expert_index=expert_index)
+        return HardRouting(index, weight, T, load, filled=filled, expert_index=expert_index)
 
     def room(self, wants, tokens):
         """C, and for a dropless routing how many slots each expert fills."""
@@ -615,8 +620,8 @@ class Hash(TokenChoice):
 
     The table is random and balanced: each run of E keys uses every expert once. A key from num_keys
     on goes to expert key mod E; further choices are the next experts. Without keys, a token's
-    position is its key. The K experts weigh 1/K each. Nothing is learned, and no token's routing
-    depends on another.
+    position is its key. The K experts weigh 1/K each. Nothing is learned, and no token's choice
+    depends on another token.
     """
 
     offers = ()
@@ -737,7 +742,8 @@ class Soft(Router):
 
     phi [D, E, C] is a direction for each slot. scale is learned and sharpens all mixes. As
     published it starts at 1, where mixes are almost uniform; for a short training 10 is better.
-    C is the option slots, or round(T*K*cf / E) with T from the option tokens. Never causal.
+    C is the option slots, or round(T*K*cf / E) with T from the option tokens. Never causal. Its
+    logits are [G, T, E, C], its gates [G, T, E*C].
     """
 
     chooses = None
@@ -869,7 +875,7 @@ class MoE(nn.Module):
 
 
 def build_router(name, dim, num_experts, **options):
-    """The router of that name, for tokens [G, T, dim]. ValueError for what is against a rule."""
+    """The router of that name, for tokens [G, T, dim]. ValueError for an invalid name or option."""
     if name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
     return ROUTERS[name](dim, num_experts, **options)

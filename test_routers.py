@@ -1441,14 +1441,14 @@ WRONG_FLAGS = [
     ("--data nowhere", "no such data: nowhere"),
     ("--router dense --capacity-factor 2", "--capacity-factor is no option of --router dense"),
     ("--router hash --z-loss 1", "offers no z loss"),
-    ("--grad-accum 3 --batch-size 128", "--grad-accum must divide --batch-size 128, got 3"),
+    ("--grad-accum 3 --batch-size 128", "must divide --batch-size 128, got 3 times 1"),
     ("--balance bias", "--balance bias is for routers in which"),
     ("--router token_choice --balance bias --bias-rate 0", "needs a --bias-rate above 0, got 0.0"),
     ("--moe-blocks a", "--moe-blocks: invalid list such as 1,3 value"),
     ("--steps 1.5", "--steps: invalid whole number value: '1.5'"),
     ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
     ("word --seed 1", "unrecognized arguments: word"),
-    ("--group batch --router soft", "--group batch is for hard routers"),
+    ("--group batch --router soft", "--group batch does not fit Soft MoE"),
     ("--head patch --data x", "--head patch is for drawn images"),
     ("--bench --router dense", "--bench times routers: token_choice"),
     ("--bench --tokens 100", "--group-size must divide --tokens 100, got 256"),
@@ -1458,8 +1458,8 @@ WRONG_FLAGS = [
     ("--warmup 1", "must be a share from 0 up to 1"),
     ("--few-shot", "--few-shot is for stored images"),
     ("--balance-weight 1", "weighs the losses of --balance vmoe or switch, got --balance none"),
-    ("--router soft --router-lr 2", "--router-lr is for routers with a gate that learns, not soft"),
-    ("--router token_choice --router-weights frozen --router-lr 2", "with a gate that learns"),
+    ("--router hash --router-lr 2", "--router-lr is for routers that learn, not hash"),
+    ("--router token_choice --router-weights frozen --router-lr 2", "for routers that learn"),
     ("--router token_choice --shared -1", "must be a whole number >= 0, got -1"),
     ("--router token_choice --balance-scope world", "--balance-scope: invalid choice: 'world'"),
     ("--temperature 1", "--temperature is for --sample or --bench"),
@@ -1476,7 +1476,7 @@ WRONG_FLAGS = [
     ("--seed 0 1 --heads 3", "--heads must divide --dim"),
     ("--router all --heads 3", "no router takes these settings; dense: --heads must divide --dim"),
     ("--router all --prompt x", "--prompt is for --sample or --bench"),
-    ("--seed 0 1 --router-lr 2 --router soft dense", "--router-lr is for routers with a gate"),
+    ("--seed 0 1 --router-lr 2 --router hash dense", "--router-lr is for routers that learn"),
     ("--seed 0 1 --device cpu auto", "--device takes one value, got 2"),
     ("--seed 0 1 --log-every 1 2", "--log-every takes one value, got 2"),
     ("--seed 0 1 --save-every 1 2", "--save-every takes one value, got 2"),
@@ -1934,6 +1934,7 @@ def test_no_decay_on_norms_biases_positions_and_routers_which_have_a_rate_of_the
     step_of(b, 1)
     rates = [group["lr"] for group in b.optimizer.param_groups]
     assert rates == [rates[0], rates[0], 0.25 * rates[0]] and rates[0] > 0
+    assert train.settle(said_of("--router soft --router-lr 2")).router_lr == 2  # for phi and scale
 
 
 def test_a_batch_in_parts_takes_the_step_of_the_whole_and_the_balance_weight_its_gradient(album):
@@ -1953,13 +1954,17 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_and_the_balance_weight_its
 def test_an_evaluation_tells_the_load_of_the_whole_split(monkeypatch):
     b = built("--router token_choice --noise-std 0")
     drawn = b.data.draw(64, moe_vision.TRAINED, "x")
-    batches, load = [], 0
-    for i in range(8):
-        batches.append({name: value[8 * i : 8 * i + 8] for name, value in drawn.items()})
-        load = load + b.model(batches[-1]["image"])[1][1].load / 8
+    batches, load, entropy = [], 0, 0
+    for rows in slice(0, 40), slice(40, 64):  # the last one is smaller
+        batches.append({name: value[rows] for name, value in drawn.items()})
+        routings = b.model(batches[-1]["image"])[1]
+        load = load + routings[1].load * len(batches[-1]["image"]) / 64
+        signs = train.statistics(routings)[1]
+        entropy += signs["entropy"] * len(batches[-1]["image"]) / 64
     monkeypatch.setattr(b.data, "split", lambda name: iter(batches))
     told = train.evaluate(b.settings, b.data, b.model, "test")["blocks"]
     assert told[1]["load"] == pytest.approx(float(load.max() * 4)) and len(told) == 1
+    assert told[1]["entropy"] == pytest.approx(entropy, rel=1e-6)
 
 
 def test_hash_routes_by_the_place_in_the_image_also_where_a_batch_is_one_group(here):
@@ -2228,6 +2233,8 @@ WRONG_TEXT += [
     ("--router dense --batch-size 4000", "--batch-size 4000 is larger than the data"),
     ("--router dense --vocab-size 255", "--vocab-size must be at least 256 for text"),
     ("--router dense --patch 4", "--patch is no setting of --task tokens"),
+    ("--unit sequence --pool mean --prefix 8 --allow-leak", "--prefix is for --pool prefix"),
+    ("--router dense --data bins --replace-undecodable", "--replace-undecodable is for text"),
 ]
 
 
@@ -2253,7 +2260,8 @@ def test_a_leak_is_marked_on_every_line_and_vanishes_when_the_model_generates(sh
     said = run(WORDS, shelf, "--router expert_choice --allow-leak --out run")
     assert "router expert_choice (leaky)" in said and "| expert_choice (leaky) |" in said
     assert all(line["remark"] == "leaky" for line in lines_of("run"))
-    settings, data, model, summary = train.load_run("run", "cpu")
+    settings, data, model = train.load_run("run", "cpu")
+    summary = json_of("run/summary.json")
     chosen = data.scored[:: max(1, len(data.scored) // 32)][:32]
     batch, total = data.ready("validation", chosen), 0.0
     with torch.no_grad():
@@ -2315,6 +2323,8 @@ def test_colours_keep_the_text_and_a_token_of_no_expert_is_grey(shelf):
     page = moe_tokens.painted(torch.tensor(list(b"abc")), mass, bare, moe_tokens.on_page)
     first, last = (routers.color(e, 2, lightness=0.8) for e in range(2))
     shown = re.findall(r"rgb(\(.*?\))\">(\w)", page)
+    tokens = torch.tensor(list("a日".encode()))  # three of the four bytes are one character
+    assert "日" in moe_tokens.painted(tokens, torch.eye(4), bare, moe_tokens.on_page)
     assert shown == [(str(first), "a"), (str(moe_tokens.NO_EXPERT), "b"), (str(last), "c")]
 
 
@@ -2540,6 +2550,9 @@ def test_a_table_keeps_the_whole_runs_and_names_those_that_it_left_out(here, alb
     run("--table .")
     shown, rows = table_of(".")
     assert "Left out" not in shown and len(rows) == 2
+    shutil.copytree(folder, "twin")
+    run("--table .")
+    assert f"of the same settings and seed as {folder.name}: twin" in table_of(".")[0]
     for path in here.glob("*/summary.json"):
         path.unlink()
     said = refused("--table .")
@@ -2675,6 +2688,8 @@ def test_a_signal_saves_first(number, status, here, monkeypatch, album):
     assert "--out b is not empty" in refused(*flags, "b")
     assert "--out means nothing beside --resume" in refused("--resume b --out c")
     run("--resume b")  # nothing that was refused holds the folder
+    run(SMALL, album, "--router dense --out d")
+    run("--resume d --experts 4")  # as it was said, though a dense model has none
 
 
 def test_a_signal_in_the_last_step_ends_the_run_and_the_grid(here, monkeypatch, album):

@@ -187,7 +187,8 @@ def run(said, folder=None, resume=False):
                 if last or stop or step % settings.save_every == 0:
                     check_sound(data, model, step)
                     record.save(step, model, optimizer)
-            stop = bool(total({"stop": len(caught)}, device)["stop"])  # also after the last step
+            # A signal may have come after train_step looked for one.
+            stop = bool(total({"stop": len(caught)}, device)["stop"])
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
             print(f"{done}; --resume {record.folder} goes on from there")
@@ -204,15 +205,21 @@ def run(said, folder=None, resume=False):
 
 # ---------------------------------------------------------------- what `run` calls, in that order
 def settle(said):
-    """Every setting of a run, from those said; ValueError where they clash or have no effect."""
+    """Every setting of a run, from those said; ValueError where they clash or have no effect.
+
+    filled() gives each its value; unused(), check() and the task's own settle() hold them together.
+    """
     settings = filled(said)
     default = filled(dict(task=settings.task, router=settings.router, size=settings.size))
     for name, why in unused(said).items():
+        # To say the default of a setting without effect does no harm.
         if not hasattr(default, name) or said[name] != getattr(default, name):
-            raise ValueError(why)  # but to repeat a default does no harm
+            raise ValueError(why)
     check(settings, said)
-    with torch.device("meta"):  # without its memory: is it causal?
-        router = None if settings.router == "dense" else make_router(settings)
+    router = None
+    if settings.router != "dense":
+        with torch.device("meta"):  # no memory is taken: the task only asks what it is
+            router = make_router(settings)
     settings.remark = TASKS[settings.task].settle(settings, router, said)  # such as "leaky", or ""
     return settings
 
@@ -239,16 +246,17 @@ def options_of(kind):
 
 
 def unused(said):
-    """{setting said: why it means nothing here}. A run refuses it, a grid leaves it out."""
+    """{setting said: why it has no effect here}. A run refuses it, a grid leaves it out."""
     settings = filled(said)
-    found = {}  # reasons by setting, said or not; the last line keeps those that were said
     name, task = settings.router, TASKS[settings.task]
-    options, offered = options_of(ROUTERS.get(name)), ()
-    if name == "dense":
+    kind = ROUTERS.get(name)  # None: dense
+    options, offered = options_of(kind), ()
+    found = {}  # also of settings that were not said; the last line leaves them out
+    if kind is None:
         found["expert_init"] = "--expert-init is for experts; --router dense has none"
     else:
         found["dense_match"] = f"--dense-match is for --router dense, not {name}"
-        offered = ROUTERS[name].offers
+        offered = kind.offers
     offers = f"; it offers {', '.join(offered)}" if offered else ""
     for setting in said:
         if setting in OPTIONS and setting not in options:
@@ -257,8 +265,8 @@ def unused(said):
         elif setting not in SETTINGS | task.SETTINGS | options:
             found[setting] = f"{flag(setting)} is no setting of --task {settings.task}"
     found |= task.unused(settings)
-    if getattr(settings, "router_weights", "fixed") != "learned":  # dense, hash and soft have none
-        found["router_lr"] = f"--router-lr is for routers with a gate that learns, not {name}"
+    if name in ("dense", "hash") or getattr(settings, "router_weights", "learned") != "learned":
+        found["router_lr"] = f"--router-lr is for routers that learn, not {name} with these options"
     for loss in BALANCE[settings.balance]:
         if loss not in offered and loss != "load":  # load comes with importance, and noise
             found["balance"] = f"--router {name} offers no {loss} loss{offers}"
@@ -274,7 +282,7 @@ def unused(said):
 
 
 def check(settings, said):
-    """Hold settings to each other, on both tasks; fill in those that follow from others."""
+    """ValueError for settings that clash, on any task; fills in those that follow from others."""
     s = settings
     if s.dim % s.heads:
         raise ValueError(f"--heads must divide --dim, got --heads {s.heads} and --dim {s.dim}")
@@ -298,8 +306,8 @@ def check(settings, said):
     if s.balance != "bias" and "bias_rate" not in said and hasattr(s, "bias_rate"):
         s.bias_rate = 0.0  # sigmoid has one by default
     if s.batch_size % (s.grad_accum * processes()[1]):
-        rule = f"--grad-accum must divide --batch-size {s.batch_size}"
-        raise ValueError(f"{rule}, got {s.grad_accum} in {processes()[1]} process(es)")
+        rule = f"--grad-accum times the processes must divide --batch-size {s.batch_size}"
+        raise ValueError(f"{rule}, got {s.grad_accum} times {processes()[1]}")
 
 
 def make_router(settings, tokens=1):
@@ -421,7 +429,7 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     loss_weights = BALANCE[settings.balance] | {"z": settings.z_loss}
     if settings.balance_weight is not None:
         loss_weights |= dict.fromkeys(BALANCE[settings.balance], settings.balance_weight)
-    sums, losses, of_parts = {}, {}, []
+    sums, losses, routed = {}, {}, {}  # routed: {router: its routing of each part}
     parts = parts_of_batch(settings)
     for i, part in enumerate(parts):
         batch = data.batch(step, part=part)
@@ -429,8 +437,10 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         with precision(settings, data.device), model.no_sync() if more else nullcontext():
             loss, counts, routings = data.loss(model, batch)
             objective, of_routers = loss, {}
-            distinct = list(dict.fromkeys(routings.values()))  # blocks may share one
-            for routing in distinct:
+            # Blocks that share a router share its routing: it counts once.
+            by_router = {moe.router: r for moe, r in zip(moes(model), routings.values())}
+            for router, routing in by_router.items():
+                routed.setdefault(router, []).append(routing)
                 add(of_routers, routing.losses)
             for name, value in of_routers.items():
                 if loss_weights.get(name):
@@ -438,7 +448,6 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
                 add(losses, {name: value.detach() / len(parts)})
         (objective / len(parts)).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
-        of_parts.append(distinct)
     if due:
         for moe, routing in zip(moes(model), routings.values()):
             gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
@@ -452,10 +461,8 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
         raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
     optimizer.step()
     optimizer.zero_grad()
-    # One routing of each part for each router: blocks that share a router share its routing.
-    each_router = dict.fromkeys(moe.router for moe in moes(model))
-    for i, (router, routed) in enumerate(zip(each_router, zip(*of_parts))):
-        router.update(routed, seeded(settings.seed, step + 1, "router", i))
+    for i, (router, of_parts) in enumerate(routed.items()):
+        router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
     losses["grad_norm"] = norm
     return SimpleNamespace(sums=sums, losses=losses, routings=routings, stop=bool(sums["stop"]))
 
@@ -529,18 +536,19 @@ def conclude(settings, data, model, device):
 def evaluate(settings, data, model, split):
     """Metrics over a whole split, without noise and the routers' losses; and its blocks' signs."""
     model.eval()
-    sums, loads, signs, batches = {}, {}, {}, 0
+    sums, loads, signs, examples = {}, {}, {}, 0
     for batch in tqdm(data.split(split), f"evaluating on {split}", leave=False, dynamic_ncols=True):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
         add(sums, numbers(counts | {"loss": loss * counts["count"]}))
+        size = len(next(iter(batch.values())))  # the last batch may be smaller
         for block, of_block in statistics(routings).items():
-            add(signs.setdefault(block, {}), of_block)
-            add(loads, {block: routings[block].load})
-        batches += 1
+            add(signs.setdefault(block, {}), {name: size * n for name, n in of_block.items()})
+            add(loads, {block: size * routings[block].load})
+        examples += size
     blocks = {}
     for block, of_block in signs.items():
-        blocks[block] = {name: value / batches for name, value in of_block.items()}
+        blocks[block] = {name: value / examples for name, value in of_block.items()}
         blocks[block] |= evenness(loads[block])  # of the whole split
     metrics = numbers(data.metrics(sums))
     if not math.isfinite(metrics["loss"]):
@@ -684,7 +692,7 @@ def table(rows):
     """Rows of {column: text} as Markdown, columns aligned; none in which nothing stands."""
     columns = []
     for name in rows[0]:
-        texts = [row[name] for row in rows]
+        texts = [line[name] for line in rows]
         if set(texts) != {"-"}:
             width = max(map(len, [name, *texts]))
             columns.append([text.ljust(width) for text in (name, "-" * width, *texts)])
@@ -704,7 +712,12 @@ def results(folder):
     groups = {}
     for done in runs:  # the runs of one setting, one of each seed
         key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
-        groups.setdefault(json.dumps(key, sort_keys=True), {})[done.settings.seed] = done
+        of_seed = groups.setdefault(json.dumps(key, sort_keys=True), {})
+        if done.settings.seed in of_seed:
+            twin = of_seed[done.settings.seed]
+            notes.append(f"Left out, of the same settings and seed as {twin.name}: {done.name}")
+        else:
+            of_seed[done.settings.seed] = done
     axes = axes_of(runs)
     entries = []
     for of_seed in groups.values():
@@ -719,7 +732,7 @@ def results(folder):
         entry.scores = [score(summary, task) for summary in summaries]
         entries.append(entry)
     entries.sort(key=lambda entry: -np.mean(entry.scores))
-    rank(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
+    compare(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
     same = []
     for name in ("task", "size", "data", "steps", "batch_size", "lr"):
         values = {spell_setting(done, name) for done in runs}
@@ -733,7 +746,7 @@ def results(folder):
 
 
 def finished(folder):
-    """The runs below a folder (settings, said, summary, lines), and notes on what is not whole."""
+    """Runs below a folder (name, said, settings, summary, lines), and notes on what is broken."""
     runs, notes = [], []
     for config in sorted(pathlib.Path(folder).glob("*/config.json")):
         path = config.parent
@@ -741,7 +754,8 @@ def finished(folder):
             notes.append(f"Not finished: {path.name}")
             continue
         try:
-            done = SimpleNamespace(said=read_said(path), summary=read_json(path / "summary.json"))
+            done = SimpleNamespace(name=path.name, said=read_said(path))
+            done.summary = read_json(path / "summary.json")
             done.settings, done.lines = settle(done.said), read_lines(path)
             row([done.summary], TASKS[done.settings.task], known=True)  # raises if one is missing
             runs.append(done)
@@ -772,7 +786,7 @@ def spell_setting(done, name):
 
 
 def recipe(settings, axes):
-    """What the router's recipe for the task set, as text: rows may differ by that alone."""
+    """What the router's recipe set, as text: rows alike in all columns may differ by it."""
     kind = ROUTERS.get(settings.router)
     parts = []
     for name in kind.recipe if kind else ():
@@ -781,9 +795,9 @@ def recipe(settings, axes):
     return ", ".join(parts) or "-"
 
 
-def rank(entries, task, digits):
+def compare(entries, task, digits):
     """Fill in the column "to the best" of entries, best first. A leaky one is never the best."""
-    fair = [entry for entry in entries if "(leaky)" not in entry.texts["router"]]
+    fair = [entry for entry in entries if entry.runs[0].settings.remark != "leaky"]
     best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
@@ -822,21 +836,21 @@ def specialisation(settings, data, model):
         start += len(next(iter(batch.values())))
     found, joints = {}, {}
     for (block, label_name, names), parts in gathered.items():
-        mass, label, unit = zip(*parts)
+        mass, label, owner = zip(*parts)
         mass, label = torch.cat(mass), torch.cat(label)
         total_mass = mass.sum(1, keepdim=True)
         share = torch.cat([mass / total_mass.clamp(min=1e-30), (total_mass == 0).float()], 1)
         joint = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
         joints.setdefault(block, {})[label_name] = joint, names
-        if unit[0] is not None and len(label):
-            found.setdefault(block, {})[label_name] = nmi_and_null(mass, label, torch.cat(unit))
+        if owner[0] is not None and len(label):
+            found.setdefault(block, {})[label_name] = nmi_and_null(mass, label, torch.cat(owner))
     return found, joints
 
 
 def examine(data, batch, start, routings):
-    """{(block, label's name, names): (mass [N, E], label [N], unit [N])} of a batch of N tokens."""
+    """{(block, label's name, names): (mass [N, E], label [N], owner [N])} of a batch, N tokens."""
     found = {}
-    for name, (label, unit, names) in data.labels(batch, start).items():
+    for name, (label, owner, names) in data.labels(batch, start).items():
         (B, T), labelled = label.shape, label >= 0
         sequence = torch.arange(start, start + B)[:, None].expand(B, T)
         for block, routing in routings.items():
@@ -847,9 +861,9 @@ def examine(data, batch, start, routings):
                 rule = f"labels of {T} tokens an example do not fit a routing"
                 raise ValueError(f"{rule} of {routed}")
             of_label = None
-            if unit is not None:  # a sequence of many labels but one routing is itself the unit
-                whole = routed < len(unit[0].unique())
-                of_label = (sequence if whole else unit)[labelled]
+            if owner is not None:  # a sequence of many labels but one routing owns them itself
+                whole = routed < len(owner[0].unique())
+                of_label = (sequence if whole else owner)[labelled]
             mass = mass.expand(B, T, -1)[labelled]
             found[block, name, tuple(names)] = mass, label[labelled], of_label
     return found
@@ -868,27 +882,27 @@ def nmi(joint):
     return (labels + experts - entropy(p)) / math.sqrt(labels * experts)
 
 
-def nmi_and_null(mass, label, unit, draws=100):
-    """[NMI, null mean, null 95 %] of expert with label: mass [N, E], label [N], unit [N].
+def nmi_and_null(mass, label, owner, draws=100):
+    """[NMI, null mean, null 95 %] of expert with label: mass [N, E], label [N], owner [N].
 
-    The null hands each unit's labels to a random other unit. Within a unit the label is constant (a
-    document and its topic), or the routing is (a sequence routed whole).
+    The null hands each owner's labels to a random other owner. All tokens of an owner have one
+    label (a document's topic), or one routing (a sequence routed whole).
     """
-    units, index = unit.unique(return_inverse=True)
-    routed = mass.new_zeros(len(units), mass.shape[1]).index_add(0, index, mass)  # [units, E]
+    owners, index = owner.unique(return_inverse=True)
+    routed = mass.new_zeros(len(owners), mass.shape[1]).index_add(0, index, mass)  # [owners, E]
     labels = int(label.max()) + 1
     pairs, count = (index * labels + label).unique(return_counts=True)
-    of_unit, of_label = pairs // labels, pairs % labels
-    share = (count / index.bincount()[of_unit]).to(mass.dtype)  # of its unit's tokens
+    of_owner, of_label = pairs // labels, pairs % labels
+    share = (count / index.bincount()[of_owner]).to(mass.dtype)  # of its owner's tokens
 
     def joint(order):
-        """[labels, E] when unit u has the labels of unit order[u]."""
-        dealt = routed[order.argsort()[of_unit]] * share[:, None]
+        """[labels, E] when owner o has the labels of owner order[o]."""
+        dealt = routed[order.argsort()[of_owner]] * share[:, None]
         return routed.new_zeros(labels, routed.shape[1]).index_add(0, of_label, dealt)
 
     g = seeded("null")
-    null = [nmi(joint(torch.randperm(len(units), generator=g))) for _ in range(draws)]
-    value = nmi(joint(torch.arange(len(units))))
+    null = [nmi(joint(torch.randperm(len(owners), generator=g))) for _ in range(draws)]
+    value = nmi(joint(torch.arange(len(owners))))
     return [value, float(np.mean(null)), float(np.quantile(null, 0.95))]
 
 
@@ -1083,7 +1097,7 @@ def picture(folders, path, count=5):
     """Write a PNG: test images, and beside them, run by run, their patches coloured by expert."""
     parts = []
     for folder in folders:
-        _, data, model, _ = load_run(folder)
+        _, data, model = load_run(folder)
         part = data.mosaic(model, count)
         parts.append(np.pad(part, ((0, 0), (0, 12), (0, 0)), constant_values=255))
     pathlib.Path(path).write_bytes(moe_vision.png(np.concatenate(parts, 1)))
@@ -1344,42 +1358,27 @@ def read_lines(folder):
     return lines
 
 
-def load_run(folder, device="auto"):
-    """settings, data, model and summary of a finished run. ValueError for a folder that is none."""
+def load_run(folder, device="auto", load=None):
+    """settings, data and model of a run. ValueError for a folder that is none.
+
+    load(settings, device, folder) gives the data; by default as for training.
+    """
     folder = pathlib.Path(folder)
     settings = settle(read_said(folder) | {"device": device})
     checkpoint = read_checkpoint(folder)
-    with reading(folder, "is no finished run", "cannot be read as a run"):
-        summary = read_json(folder / "summary.json")
-        device = pick_device(settings)
-        data = TASKS[settings.task].load(settings, device, folder)
-        model = build(settings, data, device)
+    device = pick_device(settings)
+    data = (load or TASKS[settings.task].load)(settings, device, folder)
+    model = build(settings, data, device)
+    with reading(folder, "is no run", "holds a checkpoint that does not fit the run"):
         model.load_state_dict(checkpoint["model"])
-    return settings, data, model, summary
+    return settings, data, model
 
 
 def sample(folder, asked):
-    """--sample: text from a finished run. ValueError for a folder that is none, or cannot write."""
-    folder = pathlib.Path(folder)
-    settings = settle(read_said(folder) | {"device": asked.device})
-    checkpoint = read_checkpoint(folder)
-    if not (folder / "tokenizer.json").is_file():
-        kind = f"a run of --task {settings.task} without a tokenizer"
-        raise ValueError(f"--sample {folder}: {kind} writes no text")
-    if settings.hash_key == "topic":
-        raise ValueError("this run routes by topic, and a prompt has none")
-    tokenizer = moe_tokens.Tokenizer.read(folder / "tokenizer.json")
-    device = pick_device(settings)
-    with reading(folder, "is no run", "cannot be read as a run"):
-
-        def build_model(settings, make_feed):
-            return moe_tokens.build_gpt(settings, len(tokenizer.pieces), ["any"], make_feed)
-
-        data = SimpleNamespace(tokens=settings.context, build=build_model)
-        model = build(settings, data, device)
-        model.load_state_dict(checkpoint["model"])
+    """--sample: print text from a run. ValueError for a folder that is none, or cannot write."""
+    settings, data, model = load_run(folder, asked.device, moe_tokens.Vocabulary)
     with dropless(model) as differs:
-        print(moe_tokens.sample(model, tokenizer, settings, asked, sys.stdout.isatty()))
+        print(moe_tokens.sample(model, data.tokenizer, settings, asked, sys.stdout.isatty()))
     notes = [settings.remark] if settings.remark else []
     if differs:
         notes.append("sampled dropless, trained with a capacity")
@@ -1398,7 +1397,7 @@ def process_group():
         value = os.environ.get(name)
         if not str(value).isdigit():
             raise ValueError(f"torchrun sets {name} to a whole number, got {name}={value}")
-    # Hours: in a grid, the others wait while process 0 evaluates a run.
+    # A timeout of hours: in a grid, the others wait while process 0 evaluates a run.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     # All that routers.py needs to know of other processes.
@@ -1412,7 +1411,7 @@ def process_group():
 
 
 def processes():
-    """This process's number and how many there are: (0, 1) but under torchrun."""
+    """This process's number and how many there are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -1552,7 +1551,7 @@ def bench(said):
     if b.tokens % b.group_size:
         raise ValueError(f"--group-size must divide --tokens {b.tokens}, got {b.group_size}")
     if b.out:
-        save(pathlib.Path(b.out), "")  # fails now rather than after all the timing
+        open(b.out, "ab").close()  # fails now rather than after all the timing
     b.device = pick_device(b)
     measured, rows = [], []
     for name in ROUTERS if b.router == "all" else [b.router]:
@@ -1584,7 +1583,7 @@ def bench_router(b, name, said):
     with torch.no_grad():
         routing = moe(x)[1]
         G, E, C, D = routing.dispatch(x).shape
-    filled = sum(routing.filled) if getattr(routing, "filled", None) else G * E * C
+    rows = sum(routing.filled) if getattr(routing, "filled", None) else G * E * C
     layer = wrap(b, moe)
     slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
 
@@ -1595,7 +1594,7 @@ def bench_router(b, name, said):
         routing = moe.router(z)
         return Routing(*routing.tensors(), routing.load).run(z, moe.experts)
 
-    calls = {"layer": (run_layer, x), "dense": (dense, x.new_empty(filled, D).normal_())}
+    calls = {"layer": (run_layer, x), "dense": (dense, x.new_empty(rows, D).normal_())}
     calls["bare experts"] = moe.experts, slots
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
@@ -1724,7 +1723,9 @@ def make_parser():
         if set(usual.values()) != {spell(default)}:
             default = None
         options[name] = kinds.get(name, of_type), default, what
-    groups = {"a run": SETTINGS, "images": moe_vision.SETTINGS, "text": moe_tokens.SETTINGS}
+    groups = {"a run": SETTINGS}
+    for name, task in TASKS.items():
+        groups[f"--task {name}"] = task.SETTINGS
     groups |= {"router options, for the routers named": options, "instead of a run": ACTIONS}
     groups |= {"with --sample": SAMPLING, "with --bench": BENCH}
     for heading, settings in groups.items():
@@ -1740,7 +1741,7 @@ def make_parser():
 
 def add_flag(group, name, kind, default, what):
     sizes = [task.SIZES["tiny"].get(name) for task in TASKS.values()]
-    if sizes != [None, None]:
+    if any(size is not None for size in sizes):
         shown = ", ".join(f"{task} {size}" for task, size in zip(TASKS, sizes) if size is not None)
         what += f" ({shown})"
     elif default is not None and default is not False and default != "":
@@ -1812,7 +1813,8 @@ def main(words=None):
         except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
             why, kind = one_line(error), type(error).__name__
             if not isinstance(error, (ValueError, OSError)):
-                if not re.search("memory|alloc|overflow|too large", why + kind, re.I):
+                words = "out of memory|MemoryError|alloc|overflow|too large"
+                if not re.search(words, why + kind, re.I):
                     raise
                 why = f"these sizes do not fit into memory: {why[:200]}"
             print(f"train.py: error: {why}", file=sys.stderr)
@@ -1842,7 +1844,9 @@ def command(words):
     elif action == "table":
         results(folder)
     elif action == "eval":  # what the run printed, from its weights
-        settings, data, model, before = load_run(folder, said.get("device", "auto"))
+        settings, data, model = load_run(folder, said.get("device", "auto"))
+        with reading(folder, "is no finished run", "has no summary"):
+            before = read_json(pathlib.Path(folder, "summary.json"))
         summary, joints = conclude(settings, data, model, data.device)
         tell(settings, data, model, before | summary, joints)
     else:
@@ -1858,9 +1862,10 @@ def going_on(folder, said):
     for name, value in said.items():
         if name == "out":
             raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
-        if name not in FREE | {"steps"} and getattr(had, name, None) != value:
-            asked, has = f"{flag(name)} {spell(value)}", spell(getattr(had, name, None))
-            raise ValueError(f"{asked} contradicts the run in {folder}, which has {has}")
+        has = before.get(name, getattr(had, name, None))
+        if name not in FREE | {"steps"} and has != value:
+            asked = f"{flag(name)} {spell(value)}"
+            raise ValueError(f"{asked} contradicts the run in {folder}, which has {spell(has)}")
     return before | said
 
 
