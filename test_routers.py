@@ -57,7 +57,7 @@ import routers
 import train
 from routers import MoE, ROUTERS, Experts, Routing, TokenChoice, build_router, seeded, stacked
 from routers import balance_loss, importance_loss, load_loss, z_loss
-from routers import project, queue, sinkhorn_plan, sparse_plan, top
+from routers import project, sinkhorn_plan, sparse_plan, top
 
 ROOT = pathlib.Path(train.__file__).parent
 
@@ -660,14 +660,6 @@ def test_equal_scores_go_to_the_lower_index():
     assert plain("expert_choice", 40, capacity_factor=20)(x).index[0, 9].tolist() == list(range(35))
 
 
-def test_a_queue_passes_before_the_experts():
-    # Expert 0 is wanted by 0, 1, 3, 4; expert 1 by 1, 3.
-    wants = torch.tensor([[[1, 0], [1, 1], [0, 0], [1, 1], [1, 0]]])
-    assert queue(wants, 3).tolist() == [[[0, 1, 3], [1, 3, 5]]]
-    assert queue(wants, 4).tolist() == [[[0, 1, 3, 4], [1, 3, 5, 5]]]
-    assert queue(wants[:, 2:3], 1).tolist() == [[[1], [1]]]  # nobody wants anything: one empty slot
-
-
 # ---------------------------------------------------------------- who leaks the future
 def causal_by_hand(name, options):
     if name not in ("token_choice", "sigmoid") or options["capacity_factor"] is None:
@@ -676,7 +668,7 @@ def causal_by_hand(name, options):
     return (options["top_k"], options["priority"]) in {(1, "token"), (2, "token"), (1, "choice")}
 
 
-@each(top_k=[1, 2], capacity_factor=[0.5, 1.0, 2.0, None], priority=PRIORITY, combine_weights=BOTH)
+@each(top_k=[1, 2], capacity_factor=[0.5, 1.0, 4.0, None], priority=PRIORITY, combine_weights=BOTH)
 def test_groups_are_apart_and_what_is_called_causal_and_that_alone_leaks_nothing(name, options):
     bought = options["capacity_factor"]
     causal = build(name, 6, 4, tokens=16, **options).causal
@@ -698,18 +690,8 @@ def test_groups_are_apart_and_what_is_called_causal_and_that_alone_leaks_nothing
             assert max(outputs, masses) <= 1e-12
         elif bought in (1.0, None):  # where everyone has room, little is left to leak
             assert max(outputs, masses) > 1e-6
-        if causal and bought is None:
+        if causal and bought in (4.0, None):  # there is room for every token, however few there are
             same(moe(x[:, :7], key[:, :7])[0], after[:, :7])
-
-
-def test_a_prefix_of_a_threshold_router_keeps_its_output_where_all_have_room_and_only_there():
-    x = draw(8, 16, 6)
-    gaps = []
-    for factor in 1.0, 4.0:  # 4 = E: a slot for every token, whatever the length
-        moe = layer("expert_threshold", x, 4, capacity_factor=factor)
-        moe.router.threshold.fill_(0.1)  # crowded
-        gaps.append((moe(x)[0][:, :4] - moe(x[:, :4])[0]).abs().max())
-    assert gaps[0] > 1e-3 and gaps[1] <= 1e-12
 
 
 # ---------------------------------------------------------------- learning signals
@@ -828,13 +810,6 @@ def test_gates_that_all_underflow_give_no_nan_in_values_or_gradients(name, optio
 
 
 # ---------------------------------------------------------------- solvers
-@pytest.mark.parametrize("T, E", [(16, 4), (17, 4), (16, 8), (64, 8), (200, 16)])
-def test_sinkhorn_rows_are_exact_and_columns_balanced_after_20_iterations(T, E):
-    plan = sinkhorn_plan(draw(20, T, E))
-    same(plan.sum(2), torch.ones(20, T, dtype=torch.float64))
-    same(plan.sum(1) * E / T, torch.ones(20, E, dtype=torch.float64), 1e-3)
-
-
 @pytest.mark.parametrize("scale", [1, 100, 1e4])
 def test_a_sinkhorn_plan_of_large_float32_logits_holds_what_its_docstring_says(scale):
     logits = (scale * draw(20, 64, 8).float()).requires_grad_()
@@ -916,23 +891,27 @@ def test_a_wrong_option_is_a_valueerror_that_names_the_rule(name, options, messa
         build_router(name, **dict(dim=4, num_experts=3) | options)
 
 
-SHAPES = [
-    ((5, 4), "needs tokens [G, T, 4], got [5, 4]"),
-    ((1, 2, 5, 4), "needs tokens [G, T, 4], got [1, 2, 5, 4]"),
-    ((2, 5, 3), "needs tokens [G, T, 4], got [2, 5, 3]"),
-    ((2, 0, 4), "a group needs at least 1 token, got 0"),
+WRONG_TOKENS = [
+    (torch.zeros(5, 4), "needs tokens [G, T, 4], got [5, 4]"),
+    (torch.zeros(1, 2, 5, 4), "needs tokens [G, T, 4], got [1, 2, 5, 4]"),
+    (torch.zeros(2, 5, 3), "needs tokens [G, T, 4], got [2, 5, 3]"),
+    (torch.zeros(2, 0, 4), "a group needs at least 1 token, got 0"),
+    (torch.zeros(2, 5, 4).double(), "tokens of torch.float64 and experts of torch.float32"),
+    (torch.zeros(2, 5, 4).bfloat16(), "tokens of torch.bfloat16 and experts of torch.float32"),
 ]
 
 
-@pytest.mark.parametrize("shape, message", SHAPES)
+@pytest.mark.parametrize("tokens, words", WRONG_TOKENS)
 @pytest.mark.parametrize("name", ROUTERS)
-def test_tokens_or_keys_of_a_wrong_shape_are_a_valueerror(name, shape, message):
-    router = build(name, 4, 3, tokens=5)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        router(torch.zeros(shape))
-    if name == "hash":
-        with pytest.raises(ValueError, match=re.escape("key must be [G, T] = [2, 5], got [5]")):
-            router(torch.zeros(2, 5, 4), torch.arange(5))
+def test_tokens_of_a_wrong_shape_or_type_are_a_valueerror_that_says_so(name, tokens, words):
+    moe = layer(name, draw(2, 5, 4), 3).float()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        moe(tokens)
+
+
+def test_keys_of_a_wrong_shape_are_a_valueerror_that_says_so():
+    with pytest.raises(ValueError, match=re.escape("key must be [G, T] = [2, 5], got [5]")):
+        build("hash", 4, 3, tokens=5)(torch.zeros(2, 5, 4), torch.arange(5))
 
 
 # ---------------------------------------------------------------- what a router remembers
@@ -1071,26 +1050,15 @@ class SwiGLU(Experts):
         return (F.silu(z @ w1) * (z @ w3)) @ w2
 
 
-class Sharp(TokenChoice):
-    """Token choice with gates of its own: a fork of a router is this class."""
+def test_a_fork_of_a_router_weighs_by_its_own_gates():
+    class Sharp(TokenChoice):
+        def probabilities(self, logits):
+            return (5 * logits).softmax(-1)
 
-    defaults = TokenChoice.defaults | dict(sharpness=3.0)
-
-    def probabilities(self, logits):
-        return (self.options.sharpness * logits).softmax(-1)
-
-
-def test_a_fork_of_token_choice_is_a_class_and_goes_by_its_own_gates(monkeypatch):
-    monkeypatch.setitem(ROUTERS, "sharp", Sharp)
-    x = draw(3, 12, 4)
-    moe = layer("sharp", x, 4, capacity_factor=None, sharpness=5.0)
-    y, routing = moe(x)
-    gates = (5 * (x @ moe.router.gate.weight.T)).softmax(-1)
-    assert Sharp.recipe is TokenChoice.recipe
-    same(routing.gates, gates)
-    same(routing.mass().sum(-1), gates.amax(-1))
-    same(routing.losses["importance"], importance_loss(x, gates))
-    same(routing.losses["balance"], balance_loss(x, gates.argmax(-1, keepdim=True), gates))
+    router, x = Sharp(4, 4, capacity_factor=None).double(), draw(3, 12, 4)
+    gates = (5 * (x @ router.gate.weight.T)).softmax(-1)
+    same(router(x).gates, gates)
+    same(router(x).mass().sum(-1), gates.amax(-1))
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -1099,18 +1067,15 @@ def test_dropless_experts_compute_filled_slots_alone_and_as_padded_ones(name, op
     x = draw(3, 9, 6).requires_grad_()
     moe = layer(name, x, 8, **options)
     if swiglu:
-        moe.experts = SwiGLU(8, 6, 7).double()
+        experts = moe.experts = SwiGLU(8, 6, 7).double()
+        z = draw(2, 8, 5, 6)
+        same(experts(z), (F.silu(z @ experts.w1) * (z @ experts.w3)) @ experts.w2)
     y, routing = moe(x)
     assert sum(routing.filled) == 3 * 9 * options["top_k"] and len(routing.filled) == 8
     padded = moe.router(x)
     padded.filled = None
     want, _ = moe(x, routing=padded)
     alike([x, *moe.parameters()], [y], [want])
-
-
-def test_an_own_kind_of_expert_computes_its_formula():
-    experts, slots = SwiGLU(2, 3, 4).double(), draw(1, 2, 5, 3)
-    same(experts(slots), (F.silu(slots @ experts.w1) * (slots @ experts.w3)) @ experts.w2)
 
 
 @each(LEARNED, top_k=[2], capacity_factor=[1.0, None], combine_weights=["plan"])
@@ -1147,15 +1112,6 @@ def test_a_token_that_is_not_finite_harms_its_own_group_alone(name, options):
         same(after[[0, 2]], before[[0, 2]], 0 if fixed else 1e-12)
 
 
-@each(SLOW, gate=["linear", "mlp"])
-def test_parameters_are_as_many_as_counted_by_hand(name, options):
-    moe = MoE(build(name, 6, 4, tokens=12, **options), Experts(4, 6, 7))
-    gate = {"soft": 6 * 4 * 3 + 1, "hash": 0}.get(name, 6 * 4)
-    gate += 6 * 6 * (options.get("gate") == "mlp")
-    experts = 4 * (6 * 7 + 7 + 7 * 6 + 6)
-    assert sum(parameter.numel() for parameter in moe.parameters()) == gate + experts
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each(top_k=[2], capacity_factor=[1.0, None], gate=["mlp"], bias_rate=[0.1])
 def test_a_half_precision_layer_routes_as_the_float32_one_of_its_weights(name, options, dtype):
@@ -1174,14 +1130,6 @@ def test_a_half_precision_layer_routes_as_the_float32_one_of_its_weights(name, o
     for parameter in half.parameters():
         if parameter.requires_grad:
             assert parameter.grad.dtype == dtype and parameter.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ROUTERS)
-def test_tokens_of_another_type_than_the_experts_are_a_valueerror_that_names_both(name, dtype):
-    x = draw(2, 5, 4)
-    with pytest.raises(ValueError, match=f"got tokens of {dtype} and experts of torch.float32"):
-        layer(name, x, 3).float()(x.to(dtype))
 
 
 @pytest.mark.filterwarnings("ignore:var")  # a variance of nothing, in a loss
@@ -1209,7 +1157,7 @@ def test_no_value_is_read_back_on_the_way_through_a_layer(name, options, monkeyp
     assert y.shape == x.grad.shape == (2, 8, 6)
 
 
-@each(capacity_factor=[1.0, None], top_k=[2])
+@each(HARD, capacity_factor=[1.0, None], top_k=[2])
 def test_sequences_routed_whole_pass_their_experts_token_by_token(name, options):
     B, T, D = 10, 5, 6
     x = draw(B, T, D).requires_grad_()
@@ -1219,15 +1167,8 @@ def test_sequences_routed_whole_pass_their_experts_token_by_token(name, options)
     y, used = moe(x.view(1, B, T * D), routing=routing)
     assert used is routing
     want = moe.shared(x)
-    if name == "soft":  # a slot mixes sequences before the experts see them
-        dispatch, combine = (tensor[0] for tensor in again.tensors())
-        slots = torch.einsum("bec,btd->ectd", dispatch, x)
-        for e in range(4):
-            out = slow_expert(moe.experts, e, slots[e])
-            want = want + torch.einsum("bc,ctd->btd", combine[:, e], out)
-    else:
-        for e in range(4):
-            want = want + again.mass()[0, :, e, None, None] * slow_expert(moe.experts, e, x)
+    for e in range(4):
+        want = want + again.mass()[0, :, e, None, None] * slow_expert(moe.experts, e, x)
     alike([x, *moe.parameters()], [y.view(B, T, D)], [want])
 
 
