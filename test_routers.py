@@ -1,9 +1,10 @@
 """What this set promises, one test a promise: `pytest -q` (CPU, nothing downloaded).
 
 Part one, to be read: examples worked out by hand, every router again as slow loops, numbers that
-published code gives; then what holds for every router, who leaks the future, what the losses and
-solvers do, and what a layer must bear in other people's hands. Part two: the promises of train.py
-and the two model files. EVERY_ROUTER=1 and `-k killed` kills and resumes runs of many routers.
+published code gives. Part two: what holds for every router, who leaks the future, what the losses
+and solvers do, and what a layer must bear in other people's hands. Part three: the promises of
+train.py and the two model files. EVERY_ROUTER=1 and `-k killed` kills and resumes runs of many
+routers.
 
 Axes as in routers.py: G groups, T tokens, D width, E experts, C slots, K choices. Numbers are
 compared in float64. What is parametrised over ROUTERS, or by @each, tests a router that you add as
@@ -87,12 +88,14 @@ def settings(names=tuple(ROUTERS), **axes):
     """(name, options) for every product of options; a router is spared what it does not know."""
     found = {}
     for name, values in itertools.product(names, itertools.product(*axes.values())):
-        chosen = dict(zip(axes, values))
-        options = {option: chosen[option] for option in chosen if option in ROUTERS[name].defaults}
-        if name not in TOKENS_CHOOSE and options.get("capacity_factor", 1) is None:
-            continue  # dropless is for routers in which tokens choose
-        words = [f"{option}={value}" for option, value in options.items()]
-        found[" ".join([name, *words])] = name, options
+        options, words = {}, [name]
+        for option, value in zip(axes, values):
+            if option in ROUTERS[name].defaults:
+                options[option] = value
+                words.append(f"{option}={value}")
+        dropless = options.get("capacity_factor", 1) is None
+        if name in TOKENS_CHOOSE or not dropless:
+            found[" ".join(words)] = name, options
     return [pytest.param(*value, id=key) for key, value in found.items()]
 
 
@@ -129,12 +132,24 @@ def same(got, want, within=1e-12):
 
 
 def alike(leaves, got, want, within=1e-12):
-    """The same values, and from the last of each the same gradients of a random weighing of it."""
+    """The same values; and of the last of them, weighed at random, the same gradients."""
     both = []
     for values in got, want:
-        loss = (draw(*values[-1].shape, seed=1) * values[-1]).sum()
-        both.append((*values, *torch.autograd.grad(loss, leaves, materialize_grads=True)))
+        last = values[-1]
+        weighed = (draw(*last.shape, seed=1) * last).sum()
+        gradients = torch.autograd.grad(weighed, leaves, materialize_grads=True)
+        both.append((*values, *gradients))
     same(*both, within)
+
+
+def routes_alike(name, y, routing, want, reference):
+    """What decides is equal and in float32; the outputs of narrower experts are close."""
+    said, expected = (*routing.tensors(), routing.load), (*reference.tensors(), reference.load)
+    if name in WEIGHED:
+        said, expected = (*said, routing.logits), (*expected, reference.logits)
+    same(said, expected, 0)
+    assert {tensor.dtype for tensor in said} == {torch.float32}
+    same(y.float(), want, 0.02)
 
 
 def shift_buffers(router):
@@ -223,9 +238,9 @@ def test_soft_fills_the_tensors_as_worked_out_by_hand():
 # One group: tokens x [T, D], logits, scores and gates [T, E], through which gradients run. What
 # comes back is slots[e][c], each a {token: (dispatch, combine)}.
 def best(values, k=None):
-    """The places of the k largest, falling; sorted() leaves equals in order."""
-    falling = (-values).tolist()
-    return sorted(range(len(falling)), key=falling.__getitem__)[:k]
+    """The places of the k largest, falling; of equals the first."""
+    pairs = sorted((-value, place) for place, value in enumerate(values.tolist()))
+    return [place for _, place in pairs[:k]]
 
 
 def slow_sinkhorn(logits, iterations):
@@ -314,17 +329,25 @@ def slow_expert_choice(router, name, x, key):
 def slow_token_choice(router, name, x, key):
     o, K = router.options, router.options.top_k
     decide, weigh = slow_scores(router, name, x)
+    divide = K > 1  # sigmoid's own rule
+    if name != "sigmoid":
+        divide = o.renormalize
     biased = decide + router.bias if o.bias_rate else decide  # 2412.19437 (16)
-    order = best(decide.amax(1)) if o.priority == "gate" else range(len(x))
-    pairs = list(itertools.product(order, range(K)))
-    if o.priority != "token":
-        pairs.sort(key=lambda pair: pair[1])  # all first choices, then all second; tokens in order
+    tokens, pairs = range(len(x)), []
+    if o.priority == "gate":
+        tokens = best(decide.amax(1))
+    if o.priority == "token":
+        for t in tokens:
+            for k in range(K):
+                pairs.append((t, k))
+    else:  # all first choices, then all second
+        for k in range(K):
+            for t in tokens:
+                pairs.append((t, k))
     line = []
     for t, k in pairs:
         picks = best(biased[t], K)
-        total = 1
-        if getattr(o, "renormalize", name == "sigmoid" and K > 1):
-            total = weigh[t, picks].sum()
+        total = weigh[t, picks].sum() if divide else 1
         line.append((picks[k], t, weigh[t, picks[k]] / total))
     return slow_queue(line, router.num_experts, budget(router, len(x)))
 
@@ -360,11 +383,18 @@ def slow_threshold(router, name, x, key):
     return slow_queue(line, E, budget(router, len(x), times=2))
 
 
-SLOW = dict(hash=slow_hash, expert_threshold=slow_threshold, soft=slow_soft)
-for name in "token_choice", "sinkhorn_token_choice", "sparse_token_choice", "sigmoid":
-    SLOW[name] = slow_token_choice
-for name in "expert_choice", "sinkhorn_expert_choice", "sparse_expert_choice":
-    SLOW[name] = slow_expert_choice
+SLOW = {
+    "token_choice": slow_token_choice,
+    "sinkhorn_token_choice": slow_token_choice,
+    "sparse_token_choice": slow_token_choice,
+    "sigmoid": slow_token_choice,
+    "hash": slow_hash,
+    "expert_choice": slow_expert_choice,
+    "sinkhorn_expert_choice": slow_expert_choice,
+    "sparse_expert_choice": slow_expert_choice,
+    "expert_threshold": slow_threshold,
+    "soft": slow_soft,
+}
 
 
 def slow_expert(experts, e, z):
@@ -380,15 +410,20 @@ SIZES = [  # T, E, and what is bought
     (3, 1, dict(capacity_factor=1.0)),
     (5, 4, dict(top_k=2, capacity_factor=None)),
 ]
-CASES = []
-for T, E, size in SIZES:
-    axes = {option: [value] for option, value in size.items()}
-    axes |= dict(priority=PRIORITY, combine_weights=BOTH)
-    for case in settings(SLOW, **axes, num_keys=[8], iterations=[8]):
-        CASES.append(pytest.param(*case.values, T, E, id=f"T={T} E={E} {case.id}"))
 
 
-@pytest.mark.parametrize("name, options, T, E", CASES)
+def cases():
+    """Every router of SLOW at every size, in each order and weighing that it knows."""
+    found = []
+    for T, E, size in SIZES:
+        axes = {option: [value] for option, value in size.items()}
+        axes |= dict(priority=PRIORITY, combine_weights=BOTH)
+        for case in settings(SLOW, **axes, num_keys=[8], iterations=[8]):
+            found.append(pytest.param(*case.values, T, E, id=f"T={T} E={E} {case.id}"))
+    return found
+
+
+@pytest.mark.parametrize("name, options, T, E", cases())
 def test_tensors_and_layer_equal_plain_loops_in_values_and_gradients(name, options, T, E):
     x = draw(2, T, 4, seed=T).requires_grad_()
     key = (5 * torch.arange(T) + torch.arange(2)[:, None]) % 11
@@ -478,8 +513,9 @@ def test_a_router_gives_the_published_slots_and_weights(place):
 
 
 def test_soft_gives_the_published_weights():
-    # The published logits are 16 x 4 cosines, at scale 1. Unit tokens with half of each as
-    # coordinates give them at scale 2 to axes.
+    # The published logits are the cosines of 16 tokens with 4 slots, at scale 1. Here the slots are
+    # four of five axes. A token has half of its cosines as its coordinates on them, and on the
+    # fifth axis what makes its length 1: at scale 2, its logits are the published ones.
     cosines = numbers(
         "3289 -2216 3311 3822 6089 1670 -2163 4820 1600 -1018 371 3643 497 3579 -1216 1386 3279 "
         "1515 -3891 -2401 -5124 -116 -2980 -2289 -4987 534 439 -871 -208 738 854 1959 -832 -890 "
@@ -497,7 +533,7 @@ def test_soft_gives_the_published_weights():
     same(combine[0, [0, 4, 15], :, 0].flatten(), want, 1e-4)
 
 
-# ---------------------------------------------------------------- properties of every router
+# ================================================================ PART TWO, routers.py: properties
 @each(HARD, top_k=[1, 2], capacity_factor=[0.25, 1.0, 4.0, None], priority=PRIORITY)
 def test_a_hard_routing_seats_one_token_a_slot_drops_to_zero_and_equals_its_tensors(name, options):
     x, K, bought = draw(3, 13, 6).requires_grad_(), options["top_k"], options["capacity_factor"]
@@ -618,16 +654,6 @@ def test_autocast_leaves_logits_and_choices_in_float32(name, options):
     routes_alike(name, y, routing, *reference)
 
 
-def routes_alike(name, y, routing, want, reference):
-    """What decides is equal and in float32; the outputs of narrower experts are close."""
-    said, expected = (*routing.tensors(), routing.load), (*reference.tensors(), reference.load)
-    if name in WEIGHED:
-        said, expected = (*said, routing.logits), (*expected, reference.logits)
-    same(said, expected, 0)
-    assert {tensor.dtype for tensor in said} == {torch.float32}
-    same(y.float(), want, 0.02)
-
-
 @each(top_k=[2], capacity_factor=[1.0, None], iterations=[1])
 def test_a_fresh_layer_compiles_into_one_graph(name, options):
     torch._dynamo.reset()
@@ -662,10 +688,11 @@ def test_equal_scores_go_to_the_lower_index():
 
 # ---------------------------------------------------------------- who leaks the future
 def causal_by_hand(name, options):
-    if name not in ("token_choice", "sigmoid") or options["capacity_factor"] is None:
-        return name in ("token_choice", "sigmoid", "hash", "expert_threshold")
-    # Else a first choice, or a surer token, comes from behind.
-    return (options["top_k"], options["priority"]) in {(1, "token"), (2, "token"), (1, "choice")}
+    if name not in ("token_choice", "sigmoid"):
+        return name in ("hash", "expert_threshold")
+    if options["capacity_factor"] is None or options["priority"] == "token":
+        return True
+    return options["priority"] == "choice" and options["top_k"] == 1  # else others come first
 
 
 @each(top_k=[1, 2], capacity_factor=[0.5, 1.0, 4.0, None], priority=PRIORITY, combine_weights=BOTH)
@@ -760,8 +787,12 @@ def load_under_noise(logits):
     return load_loss(logits, logits + 0.1 * draw(*logits.shape[1:], seed=9), 2, 0.1)
 
 
+def balance_of_two_choices(logits):
+    return balance_loss(logits, top(logits, 2, -1))
+
+
 LOSSES = dict(importance=importance_loss, z=z_loss, load=load_under_noise)
-LOSSES["balance"] = lambda logits: balance_loss(logits, top(logits, 2, -1))
+LOSSES["balance"] = balance_of_two_choices
 
 
 @pytest.mark.parametrize("name", ["importance", "balance", "load"])
@@ -872,20 +903,22 @@ BROKEN = [  # the rule, the routers that know it, the option, and values against
 ]
 WRONG = [
     ("tokens", {}, f"unknown router 'tokens'; known: {', '.join(ROUTERS)}"),
-    ("hash", dict(noise_std=1), "Hash has no option noise_std; it has top_k, "),
-    ("sparse_token_choice", dict(noise_std=1), "SparseTokenChoice has no option noise_std; it has"),
-    ("sparse_expert_choice", dict(noise_std=1), "SparseExpertChoice has no option noise_std; it"),
     ("sigmoid", dict(renormalize=True), "Sigmoid has no option renormalize; it has top_k, "),
     ("expert_choice", PLAN, "ExpertChoice has no option combine_weights; it has top_k, "),
 ]
 LONE = "renormalize needs top_k >= 2 (the only gate would always be 1), got top_k=1"
-WRONG += [(name, dict(renormalize=True), LONE) for name in knowing("renormalize")]
-for rule, names, option, values in BROKEN:
-    for name, value in itertools.product(names, values):
-        WRONG.append((name, {option: value}, f"{rule}, got {option}={value!r}"))
 
 
-@pytest.mark.parametrize("name, options, message", WRONG)
+def wrong_options():
+    """(router, options, message) of every rule that is broken."""
+    found = WRONG + [(name, dict(renormalize=True), LONE) for name in knowing("renormalize")]
+    for rule, names, option, values in BROKEN:
+        for name, value in itertools.product(names, values):
+            found.append((name, {option: value}, f"{rule}, got {option}={value!r}"))
+    return found
+
+
+@pytest.mark.parametrize("name, options, message", wrong_options())
 def test_a_wrong_option_is_a_valueerror_that_names_the_rule(name, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build_router(name, **dict(dim=4, num_experts=3) | options)
@@ -1082,22 +1115,20 @@ def test_dropless_experts_compute_filled_slots_alone_and_as_padded_ones(name, op
 def test_gradients_have_gradients_and_equal_those_of_torch_func(name, options):
     x = draw(2, 7, 4).requires_grad_()
     moe = layer(name, x, 3, **options)
-    parameters = dict(moe.named_parameters())
-    leaves = [x, *parameters.values()]
+    leaves = [x, *moe.parameters()]
 
-    def loss(parameters, routing=None):
-        y, _ = torch.func.functional_call(moe, parameters, (x,), dict(routing=routing))
-        return y.square().sum()
+    def loss(x, routing=None):
+        return moe(x, routing=routing)[0].square().sum()
 
     def penalty(routing):  # the squared length of the gradient, and its gradient in turn
-        first = torch.autograd.grad(loss(parameters, routing), leaves, create_graph=True)
+        first = torch.autograd.grad(loss(x, routing), leaves, create_graph=True)
         length = sum(gradient.square().sum() for gradient in first)
         return first, torch.autograd.grad(length, leaves)
 
     tensors = moe.router(x)
     first, second = penalty(None)
     same((first, second), penalty(Routing(*tensors.tensors(), tensors.load)), 1e-9)
-    same(tuple(torch.func.grad(loss)(parameters).values()), first[1:])
+    same(torch.func.grad(loss)(x), first[0])
 
 
 @each(combine_weights=BOTH, capacity_factor=[1.0, None])
@@ -1182,7 +1213,7 @@ def test_weight_decay_is_to_spare_the_router_and_all_biases_by_name(name, option
     assert sorted(MoE(router, SwiGLU(4, 6, 7)).no_decay()) == sorted(mine)
 
 
-# ================================================================ PART TWO, train.py: helpers
+# ================================================================ PART THREE, train.py: helpers
 SMALL = """--dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --patch 8 --batch-size 8 --steps 3
     --log-every 1"""
 WORDS = """--task tokens --dim 16 --depth 2 --heads 2 --hidden 32 --experts 4 --context 16
