@@ -219,7 +219,7 @@ def test_a_router_fills_the_tensors_as_worked_out_by_hand(name, options, numbers
 
 def test_the_example_on_the_first_page_of_routers_is_the_first_of_these():
     rows = re.findall(r"token \d +(\.\d) +(\.\d) +(\.\d)", routers.__doc__)
-    assert [[float(gate) for gate in row] for row in rows] == GATES
+    assert np.array(rows, float).tolist() == GATES
 
 
 def test_soft_fills_the_tensors_as_worked_out_by_hand():
@@ -1178,8 +1178,8 @@ def test_no_groups_give_empty_outputs_and_gradients_of_zero(name, options):
 
 @each(top_k=[1, 2], priority=["token", "gate"], combine_weights=BOTH, **TRAINING)
 def test_no_value_is_read_back_on_the_way_through_a_layer(name, options, monkeypatch):
-    # autocast knows no meta device
-    monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: contextlib.nullcontext())
+    nothing = contextlib.nullcontext()
+    monkeypatch.setattr(torch, "autocast", Mock(return_value=nothing))  # knows no meta device
     x = draw(2, 8, 6).to("meta").requires_grad_()  # shapes without numbers: .item() raises
     moe = layer(name, x, 4, **options).to("meta")
     y, routing = moe(x, torch.zeros(2, 8, dtype=torch.long, device="meta"))
@@ -1799,7 +1799,7 @@ def test_patches_are_told_apart_by_kind_and_shape():
     def loss_and_miou(classes):
         """Of a model that says with certainty that the patches are of these classes."""
         sure = 10.0 * F.one_hot(classes, 13).float()
-        loss, counts, _ = b.data.loss(lambda image: (sure, {}), batch)
+        loss, counts, _ = b.data.loss(Mock(return_value=(sure, {})), batch)
         return loss, b.data.metrics(counts | {"loss": loss})["miou"]
 
     loss, miou = loss_and_miou(truth)
@@ -1902,7 +1902,7 @@ def test_an_evaluation_tells_the_load_of_the_whole_split(monkeypatch):
     for i in range(8):
         batches.append({name: value[8 * i : 8 * i + 8] for name, value in drawn.items()})
         load = load + b.model(batches[-1]["image"])[1][1].load / 8
-    monkeypatch.setattr(b.data, "split", lambda name: iter(batches))
+    monkeypatch.setattr(b.data, "split", Mock(return_value=batches))
     told = train.evaluate(b.settings, b.data, b.model, "test")["blocks"]
     assert told[1]["load"] == pytest.approx(float(load.max() * 4)) and len(told) == 1
 
@@ -2017,7 +2017,7 @@ def test_a_gpt_starts_at_the_log_of_its_vocabulary_and_learns_a_batch_by_heart(s
     batch = b.data.batch(0)
     loss, log = b.data.loss(b.model, batch)[0].item(), math.log(b.data.vocab_size)
     assert abs(loss / log - 1) < 0.02
-    b.data.batch = lambda step, part: batch
+    b.data.batch = Mock(return_value=batch)
     for step in range(b.settings.steps):
         step_of(b, step, due=False)
     assert b.data.loss(b.model, batch)[0] < 0.1
@@ -2279,7 +2279,7 @@ def test_the_null_of_sequences_routed_as_a_whole_deals_whole_sequences():
             return [{"rows": torch.arange(20)}, {"rows": torch.arange(20, 40)}]
 
         def loss(self, model, batch):
-            return 0, {}, {0: SimpleNamespace(mass=lambda: mass[batch["rows"]][None])}
+            return 0, {}, {0: Mock(mass=Mock(return_value=mass[batch["rows"]][None]))}
 
         def labels(self, batch, start):
             each = start * 50 + torch.arange(1000).view(20, 50)
@@ -2439,29 +2439,31 @@ def test_a_grid_drops_what_a_router_ignores_and_keeps_finished_runs(here, album)
     assert len(again) <= 1 and table_of(".")[1][0].keys() == rows[0].keys()
 
 
-DAMAGES = [  # what stands in a file of one run, None: the file is gone
-    ("summary.json", [b'{"test"', b"{}", b"[]", b"[" * 100_000, None]),
-    ("config.json", [b"", b"{}", b'{"said": {"dim": "x"}}', b"\xff\xfe", b"[" * 100_000]),
-    ("metrics.jsonl", [None]),
+DAMAGES = [  # what stands in a file of one run, None: the file is gone; what the table says of it
+    ("summary.json", [b'{"test"', b"{}", b"[]", b"[" * 100_000], "Left out, not readable"),
+    ("summary.json", [None], "Not finished"),
+    ("config.json", [b"", b"{}", b'{"said": {"dim": "x"}}', b"\xff"], "Left out, not readable"),
+    ("config.json", [b"[" * 100_000], "Left out, not readable"),
+    ("metrics.jsonl", [None], "Left out, not readable"),
 ]
 
 
 def test_a_table_keeps_the_whole_runs_and_names_those_that_it_left_out(here, album):
     run(SMALL, album, "--router dense soft --out .")
     folder = next(here.glob("soft-*"))
-    for name, contents in DAMAGES:
-        good = (folder / name).read_bytes()
+    for name, contents, note in DAMAGES:
+        path = folder / name
+        good = path.read_bytes()
         for content in contents:
-            note = "Left out, not readable: soft-seed_0"
-            (folder / name).write_bytes(content or b"")
-            if content is None:
-                (folder / name).unlink()
-                note = "Not finished: soft-seed_0" if name == "summary.json" else note
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
             run("--table .")
             shown, rows = table_of(".")
             last = shown.splitlines()[-1]
-            assert note in last and len(last) < 400 and [row["router"] for row in rows] == ["dense"]
-        (folder / name).write_bytes(good)
+            assert f"{note}: soft-seed_0" in last and len(last) < 400
+            assert [row["router"] for row in rows] == ["dense"]
+        path.write_bytes(good)
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'no JSON\n[1]\n{}\n{"step": 9}\n' + b"[" * 100_000 + b"\n\xff\n")
     run("--table .")
@@ -2514,13 +2516,16 @@ def test_all_routers_leave_out_those_that_cannot_and_add_both_dense_models(shelf
 
 
 # ================================================================ runs that survive
-CHAINS = [
-    ("vision", "--router expert_threshold --shared 1"),
-    ("tokens", "--router sigmoid --balance bias"),
-]
-if os.environ.get("EVERY_ROUTER"):  # minutes: EVERY_ROUTER=1 python -m pytest -q -k killed
-    for router in ROUTERS:
-        CHAINS += [("vision", f"--router {router}"), ("tokens", f"--router {router} --allow-leak")]
+def chains():
+    """(task, flags) of the runs that are killed; of every router in minutes, if so asked."""
+    found = [("vision", "--router expert_threshold --shared 1")]
+    found.append(("tokens", "--router sigmoid --balance bias"))
+    if os.environ.get("EVERY_ROUTER"):  # EVERY_ROUTER=1 python -m pytest -q -k killed
+        for name in ROUTERS:
+            found += [("vision", f"--router {name}"), ("tokens", f"--router {name} --allow-leak")]
+    return found
+
+
 FORK = multiprocessing.get_context("forkserver")  # children of a process that has torch loaded
 FORK.set_forkserver_preload(["train"])
 
@@ -2530,7 +2535,7 @@ def lines_in(folder):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("task, router", CHAINS)
+@pytest.mark.parametrize("task, router", chains())
 def test_a_run_killed_three_times_ends_as_one(task, router, shelf, album, tmp_path):
     small = {"vision": [SMALL, album], "tokens": [WORDS, shelf]}[task]
     flags = [*small, "--steps 40 --save-every 7 --log-every 1", router]
@@ -2824,8 +2829,8 @@ def losses_of(folder):
 
 
 def test_many_processes_end_a_grid_at_an_error_and_route_no_sequence_whole(here, monkeypatch):
-    monkeypatch.setattr(train, "processes", lambda: (0, 1))
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "processes", Mock(return_value=(0, 1)))
+    monkeypatch.setattr(train.dist, "is_initialized", Mock(return_value=True))
     monkeypatch.setattr(train, "run", Mock(side_effect=ValueError("in use")))
     with pytest.raises(ValueError, match="it runs in one process"):
         train.settle(said_of(WORDS, "--router token_choice --unit sequence"))
