@@ -45,6 +45,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,7 +78,7 @@ BALANCE = {  # --balance: the losses it weighs
 }
 
 # ---------------------------------------------------------------- settings
-# name: (kind, default, what it is). A kind is a tuple of choices, bool, or a name of KINDS below.
+# name: (kind, default, what it is). A kind is a tuple of choices, bool, or as read_word() knows it.
 SETTINGS = {
     # what to run
     "task": (tuple(TASKS), "vision", "what to learn from: images or text"),
@@ -1637,56 +1638,41 @@ def timed(b, call, x):
 
 
 # ================================================================ Later: the command line
-def number_parser(rule, low, high, kind=float):
-    """A parser of numbers from `low` to `high`, which names its rule."""
-
-    def parse_number(text):
-        value = kind(text)
-        if low <= value <= high:
-            return value
-        most = f", at most {high:,}" if value > high else ""
-        raise argparse.ArgumentTypeError(f"must be {rule}{most}, got {text}")
-
-    parse_number.__name__ = "whole number" if kind is int else "number"  # in argparse's messages
-    return parse_number
-
-
-def capacity(text):
-    return None if text == "none" else KINDS["positive"](text)
-
-
-def block_list(text):
-    return sorted({int(n) for n in text.split(",") if n.strip()})
-
-
-def path_text(text):
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; say a path or leave the flag away")
-    return text
-
-
-def router_name(text):
-    known = "dense", *ROUTERS
-    if text not in (*known, "all"):
-        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {', '.join(known)}")
-    return text
-
-
-capacity.__name__, block_list.__name__ = "number", "list such as 1,3"
-KINDS = {
-    "whole": number_parser("a whole number >= 1", 1, 10**7, int),
-    "few": number_parser("a whole number >= 1", 1, 4096, int),
-    "count": number_parser("a whole number >= 0", 0, 4096, int),
-    "integer": number_parser("a whole number", -(2**63), 2**63 - 1, int),
-    "positive": number_parser("a positive number", math.ulp(0.0), sys.float_info.max),
-    "at_least_0": number_parser("a number >= 0", 0, sys.float_info.max),
-    "share": number_parser("a share from 0 up to 1", 0, 1 - 1e-9),
-    "capacity": capacity,
-    "blocks": block_list,
-    "path": path_text,
-    "router": router_name,
-    "text": str,
+NUMBERS = {  # kind: (type, least, most, what it must be)
+    "whole": (int, 1, 10**7, "a whole number >= 1"),
+    "few": (int, 1, 4096, "a whole number >= 1"),
+    "count": (int, 0, 4096, "a whole number >= 0"),
+    "integer": (int, -(2**63), 2**63 - 1, "a whole number"),
+    "positive": (float, math.ulp(0.0), sys.float_info.max, "a positive number"),
+    "capacity": (float, math.ulp(0.0), sys.float_info.max, "a positive number"),  # or none
+    "at_least_0": (float, 0, sys.float_info.max, "a number >= 0"),
+    "share": (float, 0, 1 - 1e-9, "a share from 0 up to 1"),
 }
+
+
+def read_word(kind, text):
+    """A word of the command line as a value of that kind; an error names the rule."""
+    if kind in NUMBERS:
+        if kind == "capacity" and text == "none":
+            return None
+        number, least, most, rule = NUMBERS[kind]
+        with suppress(ValueError):
+            value = number(text)
+            if least <= value <= most:
+                return value
+            if value > most:
+                rule += f", at most {most:,}"
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+    known = "dense", *ROUTERS
+    if kind == "router" and text not in (*known, "all"):
+        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {', '.join(known)}")
+    if kind == "path" and not text:
+        raise argparse.ArgumentTypeError("is empty; say a path or leave the flag away")
+    if kind == "blocks":
+        if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+            raise argparse.ArgumentTypeError(f"must be a list such as 1,3, got {text}")
+        return sorted(set(map(int, text.split(","))))
+    return text
 
 
 def flag(name):
@@ -1751,7 +1737,7 @@ def add_flag(group, name, kind, default, what):
     elif isinstance(kind, tuple):
         how = dict(nargs="+", choices=kind)
     else:
-        how = dict(nargs="+", type=KINDS[kind], metavar=name.split("_")[-1].upper())
+        how = dict(nargs="+", type=partial(read_word, kind), metavar=name.split("_")[-1].upper())
     group.add_argument(flag(name), help=what.replace("%", "%%"), **how)
 
 
