@@ -433,7 +433,7 @@ class Stored(Images):
         self.divide(train, test, known)
         if settings.few_shot and self.pool[1].bincount(minlength=count - known).min() <= 10:
             rule = "--few-shot needs more than 10 images of each held-out class"
-            raise ValueError(f"{rule}; {path} has fewer")
+            raise ValueError(f"{rule}; {path} has no more")
         sizes = {name: len(label) for name, (_, label) in self.parts.items()}
         for name, size in sizes.items():
             if not size:
