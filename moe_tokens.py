@@ -1,4 +1,4 @@
-"""A GPT with mixture-of-experts blocks, and the text it learns from (2402.13089).
+"""A GPT with mixture-of-experts blocks, as studied in 2402.13089, and the text it learns from.
 
 The model is GPT-2's: pre-LN blocks, learned positions, tied embeddings. Every block that
 --moe-blocks names (default: all) holds an MoE in place of its FFN. A group is a sequence: x
@@ -28,9 +28,9 @@ from torch import nn
 
 from routers import MoE, color, rows_of_step, seeded, send
 
-UNIT = "sequences"  # speed is told in these a second
+UNIT = "sequences"  # speed is told in these per second
 SPLITS = ("validation",)  # what is evaluated; the last one is for the table
-EXAMINED = "all"  # experts are examined on both parts: to tell topics takes many documents
+EXAMINED = "all"  # the split on which experts are examined: topics need many documents
 MORE_IS_BETTER = False  # is a larger number better in the first of columns()?
 POSITION_STD = 0.02  # deviation of positions and embeddings at the start, as in GPT-2
 UNSCORED = -100  # the label of a position that is not scored
@@ -60,7 +60,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """x + attend(x), then x + feed(norm2(x)). No forward(): the model runs the FFN or MoE, feed."""
+    """x + attend(x), then x + feed(norm2(x)). No forward(): the model runs both steps."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -80,7 +80,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """tokens [B, T], topic [B] or None -> logits [B, T, V] and {block: Routing}.
 
-    unit="sequence": the batch is one group, and each sequence one token in it, T*D numbers wide.
+    unit="sequence": the batch is one group, each sequence one token in it, T*D wide, which an
+    expert takes as T vectors of D.
     The router sees the mean of its first `prefix` positions, or of all if None. scope="global":
     one routing, made after the embeddings, serves all blocks. hash_key="topic": hash goes by topic.
     """
@@ -164,7 +165,7 @@ def settle(settings, router, said):
     s.hash_key = s.hash_key or "token"
     s.pool = s.pool or "prefix"
     s.prefix = s.prefix or 16
-    seen = 1  # tokens that the routing of a sequence has seen; their prediction is not scored
+    seen = 1  # first tokens that are not scored: one, or as many as a sequence's router reads
     if reads_sequences(s) and s.pool == "prefix":
         seen = s.prefix
     s.score_from = s.score_from or seen
@@ -219,12 +220,12 @@ def unused(settings):
 
 # ---------------------------------------------------------------- what train.py asks of text
 class Text:
-    """Windows of `context` tokens: of documents, none across two; or of nanoGPT's .bin files.
+    """Windows of `context` tokens, each within one document; or of nanoGPT's .bin files.
 
     parts[name] is tokens [N] and where each window starts [windows]; of documents also each
     window's document and topic. Reading sets about, vocab_size and parts, and of documents
 
-    tokenizer, bytes_of  its pieces of text, and the bytes in each; None for .bin files
+    tokenizer, bytes_of  its pieces of text, and the bytes in each; .bin files have None
     topics, topic_names  all topics (none if there is one alone), and the names of the ten largest
     label_of_topic       topic -> its place in topic_names, or -1
     classes, class_of    CODE or PROSE, and the class of each token
@@ -271,7 +272,7 @@ class Text:
         return GPT(V, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
 
     def batch(self, step, part=slice(None)):
-        """Epoch by epoch in a fresh order."""
+        """Training windows, epoch by epoch in a fresh order."""
         rows = rows_of_step(self.seed, step, self.batch_size, self.sizes["train"])
         return self.ready("train", rows[part].numpy())
 
@@ -303,7 +304,7 @@ class Text:
         return {name: send(value, self.device) for name, value in batch.items()}
 
     def loss(self, model, batch):
-        """Cross-entropy where it is scored, counts for metrics() {name: sum}, and the routings."""
+        """Mean cross-entropy of scored labels, counts for metrics() {name: sum}, the routings."""
         logits, routings = model(batch["input"], batch.get("topic"))
         counts = {"count": (batch["label"] >= 0).sum()}
         if "bytes" in batch:
@@ -371,13 +372,16 @@ class Text:
         return {"tokenizer.json": [lexeme.decode("latin-1") for lexeme in known]}
 
     def tell(self, model, joints):
-        """What is printed of the experts at the end: the commonest tokens of each."""
+        """What is printed of the experts at the end: the commonest tokens of each.
+
+        joints: the maps of specialisation() in train.py.
+        """
         lines = []
         for block, labels in joints.items():
             if "token" not in labels:
                 continue
-            mass, pieces = labels["token"]
-            for expert, share in enumerate(mass[:, :-1].T):  # the last column is no expert
+            joint, pieces = labels["token"]
+            for expert, share in enumerate(joint[:, :-1].T):  # the last column is no expert
                 words = []
                 for i in share.topk(12).indices:
                     if share[i] > 0:
@@ -429,7 +433,7 @@ class Text:
         if most is not None and most < 256:
             raise ValueError(f"--vocab-size must be at least 256 for text, its bytes, got {most}")
         documents = read_documents(settings.data, settings.replace_undecodable)
-        # A document of fewer bytes than that cannot fill a window.
+        # A document of at most `context` bytes cannot fill a window.
         long = [document for document in documents if len(document[2]) > self.context]
         train, validation = divide(long or documents)
         if folder:
@@ -445,8 +449,9 @@ class Text:
         used = self.cut("train", train, topics)
         used += self.cut("validation", validation, topics, first=len(train))
         self.name_topics(topics)
-        code = all(name.endswith(".py") for name in names)
-        self.classes = CODE if code else PROSE
+        self.classes = PROSE
+        if all(name.endswith(".py") for name in names):
+            self.classes = CODE
         kinds = [token_class(i, piece, self.classes) for i, piece in enumerate(pieces)]
         self.class_of = torch.tensor(kinds)
         held = torch.from_numpy(self.parts["validation"][0])
@@ -462,7 +467,7 @@ class Text:
         )
 
     def cut(self, part, documents, topics, first=0):
-        """Fill parts[part] with windows of documents, numbered from `first`; returns the bytes."""
+        """Set parts[part] from documents, numbered from `first`; returns the bytes in windows."""
         tokens, starts, document, topic = [], [], [], []
         end = used = 0
         for number, (topic_name, _, raw) in enumerate(documents, first):
@@ -482,7 +487,7 @@ class Text:
         topic_of = {}
         for _, _, document, topic in self.parts.values():
             topic_of.update(zip(document.tolist(), topic.tolist()))
-        documents = collections.Counter(sorted(topic_of.values()))  # of equals, the first by name
+        documents = collections.Counter(sorted(topic_of.values()))  # ties: the first by name
         self.label_of_topic, self.topic_names = torch.full((len(topics),), -1), []
         for place, (topic, _) in enumerate(documents.most_common(10)):
             self.label_of_topic[topic] = place
@@ -511,7 +516,7 @@ def columns(summary):
     found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
     found["dropless"], found["as generated"] = bits("validation_dropless"), None
     if bits("as_generated"):
-        # It is of a few windows alone: what they lose is added to the loss of all windows.
+        # Measured on a few windows: what they lose is added to the loss of all windows.
         found["as generated"] = bits("validation") + bits("as_generated") - bits("as_scored")
     found["vocabulary"] = summary["vocab_size"]
     found["bytes/token"] = summary.get("bytes_per_token")
@@ -532,12 +537,12 @@ LEXEME = re.compile(
     rb"[\r\n]+[ \t]*"  # line ends and the indent after them
     rb"| ?" + LETTER + rb"(?:" + LETTER + rb"|[0-9])*"  # a word
     rb"| ?[0-9]+"
-    rb"|[\xe0-\xf7][\x80-\xbf]+"  # one character of three or four bytes: many need no blanks
+    rb"|[\xe0-\xf7][\x80-\xbf]+"  # a character of three or four bytes, often without blanks between
     rb"| ?([^\w\s])\1*"  # a run of one mark
     rb"|[ \t]+|.",
     re.DOTALL,
 )
-LONGEST = 32  # bytes in a lexeme: a text without blanks must not become one
+LONGEST = 32  # bytes in a lexeme; longer ones are cut
 
 
 def lexemes(text):
@@ -609,7 +614,7 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------- what a token is
-CODE = {  # {class: pattern}: a token is of the first class whose pattern its beginning fits
+CODE = {  # {class: pattern}: the first pattern that fits a token's beginning names its class
     "newline and indent": r"[\r\n]",
     "blank": r"\s+$",
     "keyword": rf" ?({'|'.join(keyword.kwlist)})$",
@@ -783,7 +788,7 @@ def painted(tokens, mass, tokenizer, paint):
     stretches = []  # [expert, its bytes]
     for expert, token in zip(experts.tolist(), tokens.tolist()):
         piece = tokenizer.pieces[token]
-        inside = piece[0] & 0xC0 == 0x80  # of a character, which takes its first byte's colour
+        inside = piece[0] & 0xC0 == 0x80  # a later byte of a character: coloured as its first
         if stretches and (inside or expert == stretches[-1][0]):
             stretches[-1][1] += piece
         else:

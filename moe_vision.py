@@ -27,9 +27,9 @@ from torch import nn
 
 from routers import MoE, color, rows_of_step, seeded, send
 
-UNIT = "images"  # speed is told in these a second
+UNIT = "images"  # speed is told in these per second
 SPLITS = ("validation", "test")  # what is evaluated; the last one is for the table
-EXAMINED = "test"  # the split on which we ask what experts specialise in
+EXAMINED = "test"  # the split on which experts are examined
 MORE_IS_BETTER = True  # is a larger number better in the first of columns()?
 POSITION_STD = 0.5  # deviation of the positions at the start; patches have entries of about 1
 
@@ -52,7 +52,7 @@ SETTINGS = {  # as in train.py: name: (kind, default, what it is)
 
 # ---------------------------------------------------------------- the model
 class Block(nn.Module):
-    """x + attend(x), then x + feed(norm2(x)). No forward(): the model runs the FFN or MoE, feed."""
+    """x + attend(x), then x + feed(norm2(x)). No forward(): the model runs both steps."""
 
     def __init__(self, dim, heads, feed):
         super().__init__()
@@ -186,7 +186,7 @@ class Images:
         return ViT(size, s.patch, s.dim, s.heads, feeds, classes, patchwise, together)
 
     def loss(self, model, batch):
-        """Cross-entropy, counts for metrics() {name: sum over the batch}, and the routings."""
+        """Mean cross-entropy, counts for metrics() {name: sum over the batch}, the routings."""
         logits, routings = model(batch["image"])
         label, guess, counts = batch["label"], logits.argmax(-1), {}
         if logits.ndim == 3:  # patches
@@ -255,7 +255,7 @@ class Images:
         return {}
 
     def tell(self, model, joints):
-        """What is printed of the experts at the end; joints: see specialisation() in train.py."""
+        """What is printed of the experts at the end; joints: as in moe_tokens.py."""
         return ""
 
     @torch.no_grad()
