@@ -54,6 +54,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.special import entr
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -61,11 +62,6 @@ import moe_tokens
 import moe_vision
 import routers
 from routers import CHOICES, ROUTERS, Experts, MoE, Routing, build_router, color, seeded
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there, nothing keeps two processes out of one folder
-    fcntl = None
 
 # A task is a module: SETTINGS, SIZES, SPLITS, ..., moe_blocks, settle, unused, columns and load, in
 # the order of moe_vision.py. load() gives the data, whose methods build the model, batch and judge.
@@ -77,6 +73,9 @@ BALANCE = {  # --balance: the losses it weighs
     "bias": {},
 }
 
+# What settings ask of a router; dense is none, and has K alone, for its width.
+KINDS = {"dense": SimpleNamespace(defaults={"top_k": 1}, recipe={}, offers=())} | ROUTERS
+
 # ---------------------------------------------------------------- settings
 # name: (kind, default, what it is). A kind is a tuple of choices, bool, or as read_word() knows it.
 SETTINGS = {
@@ -85,11 +84,7 @@ SETTINGS = {
     "router": ("router", "expert_choice", "dense, all, or one of " + ", ".join(ROUTERS)),
     "size": (("tiny", "small", "base"), "tiny", "a preset; each part has a flag too"),
     "seed": ("integer", 0, "fixes data, weights and order"),
-    "data": (
-        "path",
-        None,
-        "a path, cifar10 or cifar100; by default drawn images, the library's text",
-    ),
+    "data": ("path", None, "a path, cifar10 or cifar100; else drawn images, the library's text"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
     "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
     "compile": (bool, False, "torch.compile the model, without graph breaks"),
@@ -117,11 +112,7 @@ SETTINGS = {
     "expert_init": (("independent", "identical"), "independent", "start apart, or all alike"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
     # the routers' losses
-    "balance": (
-        tuple(BALANCE),
-        "none",
-        "vmoe: importance, with --noise-std load; token_choice has switch",
-    ),
+    "balance": (tuple(BALANCE), "none", "vmoe: importance, and load with --noise-std"),
     "balance_weight": ("at_least_0", None, "their weight; by default vmoe .005 each, switch .01"),
     "z_loss": ("at_least_0", 0.0, "weight of the mean squared logsumexp of the logits"),
 }
@@ -147,7 +138,7 @@ ACTIONS = {
     "resume": ("path", None, "go on with a stopped run; steps, device, intervals may change"),
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
-# What may be said beside an action; resume and bench check that themselves.
+# What may be said beside an action. bench checks that itself, and Record what goes on.
 BESIDE = {"table": (), "eval": ("device",), "sample": ("device", "seed", "task", *SAMPLING)}
 FREE = {"device", "out", "log_every", "save_every"}  # they change no result
 
@@ -175,20 +166,20 @@ def run(said, folder=None, resume=False):
         bar = tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
         with signals() as caught, bar:
             while step < settings.steps and not stop:
-                last = step + 1 == settings.steps
-                due = last or (step + 1) % settings.log_every == 0
-                stepped = train_step(settings, data, trained, optimizer, step, due, caught)
-                step, stop = step + 1, stepped.stop
+                stepped = train_step(settings, data, trained, optimizer, step)
+                step += 1
+                last = step == settings.steps
                 record.note_first_step()
                 bar.update()
-                if due:
+                if last or step % settings.log_every == 0:
                     line = numbers(data.metrics(stepped.sums) | stepped.losses)
                     record.log(step, line | {"blocks": statistics(stepped.routings)})
                     show(bar, line)
+                stop = bool(total({"stop": len(caught)}, device)["stop"])
                 if last or stop or step % settings.save_every == 0:
                     check_sound(data, model, step)
                     record.save(step, model, optimizer)
-            # A signal may have come after train_step looked for one.
+            # A signal may have come during the last save.
             stop = bool(total({"stop": len(caught)}, device)["stop"])
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
@@ -230,19 +221,16 @@ def filled(said):
     task = TASKS[said.get("task", SETTINGS["task"][1])]
     values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
     chosen = values | said  # which router, which size
-    kind = ROUTERS.get(chosen["router"])  # None: dense
+    kind = KINDS[chosen["router"]]
     values |= task.SIZES[chosen["size"]] | options_of(kind)
-    if kind:
-        values |= {name: value for name, value in kind.recipe.items() if name in values}
+    values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     return SimpleNamespace(**(values | said))
 
 
 def options_of(kind):
-    """{option: default} of the flags of a kind of router; dense has K alone, for its width."""
-    if kind is None:
-        return {"top_k": 1}
+    """{option: default} of the flags of a kind of router."""
     return {name: default for name, default in kind.defaults.items() if name in OPTIONS}
 
 
@@ -250,14 +238,12 @@ def unused(said):
     """{setting said: why it has no effect here}. A run refuses it, a grid leaves it out."""
     settings = filled(said)
     name, task = settings.router, TASKS[settings.task]
-    kind = ROUTERS.get(name)  # None: dense
-    options, offered = options_of(kind), ()
+    options, offered = options_of(KINDS[name]), KINDS[name].offers
     found = {}  # also of settings that were not said; the last line leaves them out
-    if kind is None:
+    if name == "dense":
         found["expert_init"] = "--expert-init is for experts; --router dense has none"
     else:
         found["dense_match"] = f"--dense-match is for --router dense, not {name}"
-        offered = kind.offers
     offers = f"; it offers {', '.join(offered)}" if offered else ""
     for setting in said:
         if setting in OPTIONS and setting not in options:
@@ -416,12 +402,11 @@ def learning_rate(settings, step):
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train_step(settings, data, model, optimizer, step, due=True, caught=()):
+def train_step(settings, data, model, optimizer, step):
     """One optimiser step: forward and backward of each part of the batch, clip, step, update.
 
     Returns sums (for data.metrics), losses (of the routers), the last part's routings {block:
-    Routing}, and stop: has a process caught a signal? due: the log wants the norms of the routers'
-    gradients. FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
+    Routing}. FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
     for group in optimizer.param_groups:
@@ -449,12 +434,11 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
                 add(losses, {name: value.detach() / len(parts)})
         (objective / len(parts)).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
-    if due:
-        for moe, routing in zip(moes(model), routings.values()):
-            gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
-            routing.router_gradient = nn.utils.get_total_norm(gradients)
+    for moe, routing in zip(moes(model), routings.values()):
+        gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
+        routing.router_gradient = nn.utils.get_total_norm(gradients)
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    sums = total(sums | {"stop": len(caught)}, data.device)
+    sums = total(sums, data.device)
     losses = total(losses, data.device, divisor=processes()[1])
     if not torch.isfinite(norm + sums["loss"]):
         told = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
@@ -465,7 +449,7 @@ def train_step(settings, data, model, optimizer, step, due=True, caught=()):
     for i, (router, of_parts) in enumerate(routed.items()):
         router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
     losses["grad_norm"] = norm
-    return SimpleNamespace(sums=sums, losses=losses, routings=routings, stop=bool(sums["stop"]))
+    return SimpleNamespace(sums=sums, losses=losses, routings=routings)
 
 
 def precision(settings, device):
@@ -492,7 +476,7 @@ def statistics(routings):
         signs["slots_per_token"] = float(counts.float().mean())
         if hasattr(routing, "gates"):
             gates = routing.gates.detach().float()
-            entropy = -torch.special.xlogy(gates, gates).sum(-1).mean()
+            entropy = entr(gates).sum(-1).mean()
             signs["entropy"] = float(entropy / math.log(max(2, gates.shape[-1])))
         if hasattr(routing, "router_gradient"):
             signs["router_gradient"] = float(routing.router_gradient)
@@ -508,13 +492,10 @@ def evenness(load):
 @torch.no_grad()
 def check_sound(data, model, step):
     """FloatingPointError for weights that are not finite, or whose loss is not: never save them."""
-    finite = all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
     model.eval()
-    batch = data.batch(step - 1, part=slice(0, 8))
-    loss = data.loss(model, batch)[0] if finite else math.nan
-    if not math.isfinite(loss):
-        rule = "the new weights are not finite, or their loss is not"
-        raise FloatingPointError(f"step {step}: {rule}")
+    loss, _, _ = data.loss(model, data.batch(step - 1, part=slice(0, 8)))
+    if not all(tensor.isfinite().all() for tensor in (loss, *model.state_dict().values())):
+        raise FloatingPointError(f"step {step}: the new weights or their loss are not finite")
 
 
 def conclude(settings, data, model, device):
@@ -596,10 +577,9 @@ def tell(settings, data, model, summary, joints):
     rows = []
     for block, labels in summary["specialisation"].items():
         for label, values in labels.items():
-            texts = {"block": str(block), "experts know of": label}
-            for head, value in zip(("NMI", "by chance", "95 % of chance"), values):
-                texts[head] = f"{value:.3f}"
-            rows.append(texts)
+            value, mean, bound = (f"{number:.3f}" for number in values)
+            texts = {"block": str(block), "experts know of": label, "NMI": value}
+            rows.append(texts | {"by chance": mean, "95 % of chance": bound})
     if rows:
         print(table(rows))
     words = data.tell(model, joints)
@@ -629,7 +609,6 @@ DECIMALS |= dict.fromkeys(("vocabulary", "parameters", "active", "seconds"), 0)
 DECIMALS |= dict.fromkeys(("images/s", "sequences/s"), 0)
 DECIMALS |= dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2)
 DECIMALS |= dict.fromkeys(("bits/byte", "dropless", "as generated"), 3)
-CONSTANT = {"vocabulary", "bytes/token", "parameters", "active", "GFLOPs"}  # no deviation to tell
 KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "topic")
 
 
@@ -643,7 +622,7 @@ def row(summaries, task, known=False):
     for name in of_runs[0]:
         values = [found[name] for found in of_runs]
         decimals = 3 if name.startswith("NMI") else DECIMALS.get(name, 1)
-        texts[name] = spell_cell(values, decimals, spread=name not in CONSTANT)
+        texts[name] = spell_cell(values, decimals)
     return texts
 
 
@@ -668,7 +647,7 @@ def cells(summary, task, known):
     return found
 
 
-def spell_cell(values, decimals, spread):
+def spell_cell(values, decimals):
     """One column of a row as text: values as cells() gives them, one a run."""
     if None in values or [] in values:
         return "-"
@@ -680,7 +659,7 @@ def spell_cell(values, decimals, spread):
     else:
         means = [value[0] if isinstance(value, tuple) else value for value in values]
         shown = [np.mean(means)]
-        if spread and len(values) > 1:
+        if len(set(means)) > 1:  # parameters, say, are the same for every seed
             shown.append(deviation(means))
     return between.join(f"{number:,.{decimals}f}" for number in shown)
 
@@ -756,7 +735,7 @@ def finished(folder):
             continue
         try:
             done = SimpleNamespace(name=path.name, said=read_said(path))
-            done.summary = read_json(path / "summary.json")
+            done.summary = json.loads(read_file(path, "summary.json"))
             done.settings, done.lines = settle(done.said), read_lines(path)
             row([done.summary], TASKS[done.settings.task], known=True)  # raises if one is missing
             runs.append(done)
@@ -872,15 +851,11 @@ def examine(data, batch, start, routings):
 
 def nmi(joint):
     """Normalised mutual information I / sqrt(H H) of a joint mass [labels, E]; 0 if an H is 0."""
-
-    def entropy(p):
-        return float(-torch.special.xlogy(p, p).sum())
-
     p = joint.double() / joint.sum()
-    labels, experts = entropy(p.sum(1)), entropy(p.sum(0))
+    labels, experts, both = (float(entr(q).sum()) for q in (p.sum(1), p.sum(0), p))
     if min(labels, experts) <= 1e-12:
         return 0.0
-    return (labels + experts - entropy(p)) / math.sqrt(labels * experts)
+    return (labels + experts - both) / math.sqrt(labels * experts)
 
 
 def nmi_and_null(mass, label, owner, draws=100):
@@ -975,10 +950,7 @@ def grid_page(entries, shown):
             for line in done.lines:
                 if "loss" in line:
                     losses.setdefault(line["step"], []).append(line["loss"])
-        points = []
-        for step, of_runs in losses.items():
-            if len(of_runs) == len(entry.runs):  # a damaged line may be missing
-                points.append((step, float(np.mean(of_runs))))
+        points = [(step, float(np.mean(of_runs))) for step, of_runs in sorted(losses.items())]
         smooth[entry.name] = smoothed(points)
     body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
     body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
@@ -1123,13 +1095,12 @@ class Record:
 
     def __enter__(self):
         if self.writes:
-            if self.folder.exists() and not self.folder.is_dir():
+            if self.folder.is_file():
                 raise ValueError(f"--out {self.folder} is a file")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = locked(self.folder)
             if self.new and any(self.folder.iterdir()):
-                self.__exit__(None, None, None)  # which `with` calls only after __enter__
                 raise ValueError(f"--out {self.folder} is not empty; choose another folder")
+            self.lock = locked(self.folder)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1146,7 +1117,7 @@ class Record:
     def restore(self, model, optimizer):
         """Load the checkpoint into model and optimizer; returns its step. Nothing is written."""
         checkpoint = read_checkpoint(self.folder)
-        with reading(self.folder, "is no run", "holds a checkpoint that does not fit the run"):
+        with reading(self.folder, "holds a checkpoint that does not fit the run"):
             for name, value in of_result(self.settings).items():
                 had = checkpoint["settings"][name]
                 if had != value and name != "steps":
@@ -1231,8 +1202,10 @@ def fresh_folder(settings):
 
 def locked(folder):
     """A lock on the folder, which ends with this process however it ends. ValueError if taken."""
-    if fcntl is None:
-        return None
+    try:
+        import fcntl
+    except ImportError:
+        return None  # on Windows nothing keeps two processes out of one folder
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1284,33 +1257,28 @@ def signals():
 
 
 @contextmanager
-def reading(folder, missing, broken):
-    """Inside, a missing file, and whatever else goes wrong with a damaged one, is a ValueError."""
+def reading(folder, broken):
+    """Inside, whatever goes wrong with a damaged file is a ValueError."""
     try:
         yield
-    except FileNotFoundError as error:
-        name = pathlib.Path(error.filename).name
-        raise ValueError(f"{folder} {missing}: {name} is missing") from None
     except Exception as error:
-        why, *_ = (str(error) or type(error).__name__).splitlines()[0].split(". ")
+        why = one_line(error).split(". ")[0]
         raise ValueError(f"{folder} {broken}: {why}") from None
 
 
-def read_json(path):
-    refuse_pipe(path)
-    return json.loads(path.read_text("utf-8"))
-
-
-def refuse_pipe(path):
-    """ValueError for what is there and no plain file: to open a pipe is to wait."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no plain file")
+def read_file(folder, name, missing="is no run"):
+    """The bytes of a file. ValueError if it is missing, or a pipe: to open one is to wait."""
+    path = pathlib.Path(folder, name)
+    if not path.is_file():
+        raise ValueError(f"{folder} {missing}: {name} is missing")
+    return path.read_bytes()
 
 
 def read_said(folder):
     """What was said of a run, checked as on the command line. ValueError for another folder."""
-    with reading(folder, "is no run", "is no run: config.json does not hold its settings"):
-        said = read_json(pathlib.Path(folder) / "config.json")["said"]
+    raw = read_file(folder, "config.json")
+    with reading(folder, "is no run: config.json does not hold its settings"):
+        said = json.loads(raw)["said"]
         words = []
         for name, value in said.items():
             if isinstance(value, bool):
@@ -1328,14 +1296,13 @@ def read_said(folder):
 
 def read_checkpoint(folder):
     """A checkpoint, read without running code in it. ValueError if missing, broken or unsafe."""
-    path = pathlib.Path(folder) / "checkpoint.pt"
-    broken = "holds a checkpoint.pt that cannot be read as a checkpoint"
-    with reading(folder, "was never saved", broken):
-        refuse_pipe(path)
-        with zipfile.ZipFile(path) as archive:
+    raw = io.BytesIO(read_file(folder, "checkpoint.pt", "was never saved"))
+    with reading(folder, "holds a checkpoint.pt that cannot be read as a checkpoint"):
+        with zipfile.ZipFile(raw) as archive:
             if archive.testzip():
                 raise ValueError("its checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        raw.seek(0)
+        return torch.load(raw, map_location="cpu", weights_only=True)
 
 
 def load_optimizer(optimizer, state):
@@ -1370,7 +1337,7 @@ def load_run(folder, device="auto", load=None):
     device = pick_device(settings)
     data = (load or TASKS[settings.task].load)(settings, device, folder)
     model = build(settings, data, device)
-    with reading(folder, "is no run", "holds a checkpoint that does not fit the run"):
+    with reading(folder, "holds a checkpoint that does not fit the run"):
         model.load_state_dict(checkpoint["model"])
     return settings, data, model
 
@@ -1467,7 +1434,7 @@ def grid(lists):
             raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
     every = "all" in lists.get("router", ())
     if every:
-        lists = lists | {"router": ["dense", *ROUTERS]}
+        lists = lists | {"router": list(KINDS)}
         lists.setdefault("dense_match", ["active", "total"])
     task = lists.get("task", [SETTINGS["task"][1]])[0]
     out = pathlib.Path(lists.get("out", [f"runs/grid-{task}"])[0])
@@ -1826,33 +1793,21 @@ def command(words):
     if action == "bench":
         bench(said)
     elif action == "resume":
-        return run(going_on(pathlib.Path(folder), said), pathlib.Path(folder), resume=True)
+        if "out" in said:
+            raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
+        return run(read_said(folder) | said, pathlib.Path(folder), resume=True)
     elif action == "table":
         results(folder)
     elif action == "eval":  # what the run printed, from its weights
         settings, data, model = load_run(folder, said.get("device", "auto"))
-        with reading(folder, "is no finished run", "has no summary"):
-            before = read_json(pathlib.Path(folder, "summary.json"))
+        with reading(folder, "has no summary"):
+            before = json.loads(read_file(folder, "summary.json", "is no finished run"))
         summary, joints = conclude(settings, data, model, data.device)
         tell(settings, data, model, before | summary, joints)
     else:
         asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
         sample(folder, SimpleNamespace(**(asked | said)))
     return 0
-
-
-def going_on(folder, said):
-    """What is said of a run that goes on. ValueError for settings of another result, and --out."""
-    before = read_said(folder)
-    had = settle(before)
-    for name, value in said.items():
-        if name == "out":
-            raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
-        has = before.get(name, getattr(had, name, None))
-        if name not in FREE | {"steps"} and has != value:
-            asked = f"{flag(name)} {spell(value)}"
-            raise ValueError(f"{asked} contradicts the run in {folder}, which has {spell(has)}")
-    return before | said
 
 
 if __name__ == "__main__":
