@@ -789,7 +789,8 @@ class Experts(nn.Module):
 
     init: "independent", each as nn.Linear starts; "identical", all like the first, as in V-MoE,
     where routing alone sets them apart. To change what an expert computes, override expert(): it
-    gets the module's parameters in the order in which they were set.
+    gets the module's parameters in the order in which they were set. A foreign model.apply(init)
+    does not reach these weights.
     """
 
     biases = ("b1", "b2")  # weight decay spares them; by their shape they look like weights

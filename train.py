@@ -1067,7 +1067,11 @@ def escape(text):
 
 
 def picture(folders, path, count=5):
-    """Write a PNG: test images, and beside them, run by run, their patches coloured by expert."""
+    """Write a PNG: test images, and beside them, run by run, their patches coloured by expert.
+
+    README's: python train.py --router token_choice expert_choice hash --out runs/three, then
+    picture(sorted(glob.glob("runs/three/*/")), ".github/patches.png").
+    """
     parts = []
     for folder in folders:
         _, data, model = load_run(folder)
