@@ -33,8 +33,8 @@ Words, the same in every file:
     line        the order in which assignments ask for slots
     dropless    C is as large as the fullest expert needs, so that no assignment is dropped
 
-Routers in Vision Mixture of Experts (2401.15969) compares six of the routers below: TokenChoice and
-its Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. "As published" means
+arXiv 2401.15969, Routers in Vision Mixture of Experts, has six of the routers below: TokenChoice
+and its Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. "As published" is
 the code in google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from it.
 
 Read in order. To add a router, subclass one and add it to ROUTERS. Not here: expert parallelism,
@@ -105,8 +105,8 @@ class HardRouting(Routing):
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # Of each slot, the row of x.flatten(0, 1) that it reads, and its weight: an empty one reads
-        # its group's last token, with weight 0. In order [E, G, C], as Experts multiplies.
+        # For each slot, in Experts' order [E, G, C]: its row of x.flatten(0, 1), and its weight.
+        # An empty slot reads its group's last token, with weight 0.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
         self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
@@ -140,7 +140,7 @@ class HardRouting(Routing):
         return self._add_up(y, self._weights[slot], rows)
 
     def _add_up(self, y, weights, rows):
-        """The outputs y [N, D] of slots, times their weights, added to the rows that they read."""
+        """Add each slot's output, of y [N, D], times its weight to the row that it reads."""
         G, T = len(self.index), self.tokens
         weighted = y * weights[:, None].to(y.dtype)
         return y.new_zeros(G * T, y.shape[-1]).index_add_(0, rows, weighted).unflatten(0, (G, T))
@@ -167,7 +167,8 @@ def top(scores, k, dim):
 def queue(wants, capacity):
     """wants [G, N, E] -> [G, E, C]: which of N places in line gets each slot, N where none does.
 
-    Of the places n that want expert e, wants[g,n,e], the first gets slot 0, the second slot 1, ...
+    Of the places that want an expert, the first gets its slot 0, the second slot 1, and so on: of
+    wants 0 1 0 1 and three slots, place 1 gets slot 0, place 3 slot 1, and slot 2 holds N = 4.
     """
     count = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
     nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
@@ -350,28 +351,28 @@ class Router(nn.Module):
         """ValueError for an invalid option; it names the rule and the value."""
         values = dict(dim=self.dim, num_experts=self.num_experts) | vars(self.options)
 
-        def need(held, name, rule):
-            if not held:
+        def need(ok, name, rule):
+            if not ok:
                 raise ValueError(f"{rule}, got {name}={values[name]!r}")
 
         for name, value in values.items():
             if name in CHOICES:
-                held = value in CHOICES[name]
-                need(held, name, f"{name} must be one of {', '.join(CHOICES[name])}")
+                ok = value in CHOICES[name]
+                need(ok, name, f"{name} must be one of {', '.join(CHOICES[name])}")
             if name in WHOLE and not (value is None and name in ("slots", "tokens")):
-                held = type(value) is int and value >= 1
-                need(held, name, f"{name} must be a whole number >= 1")
+                ok = type(value) is int and value >= 1
+                need(ok, name, f"{name} must be a whole number >= 1")
             if name in RANGES:
-                held = type(value) in (int, float) and 0 <= value <= RANGES[name]
-                need(held, name, f"{name} must be a number >= 0, at most {RANGES[name]:g}")
+                ok = type(value) in (int, float) and 0 <= value <= RANGES[name]
+                need(ok, name, f"{name} must be a number >= 0, at most {RANGES[name]:g}")
         E, K, factor = self.num_experts, values["top_k"], values["capacity_factor"]
         need(K <= E, "top_k", f"top_k must be at most num_experts={E}")
         if factor is None:
             rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
             need(self.chooses == "tokens", "capacity_factor", rule)
         else:
-            held = type(factor) in (int, float) and 0 < factor < math.inf
-            need(held, "capacity_factor", "capacity_factor must be a positive number")
+            ok = type(factor) in (int, float) and 0 < factor < math.inf
+            need(ok, "capacity_factor", "capacity_factor must be a positive number")
         if values.get("renormalize"):
             need(K > 1, "top_k", "renormalize needs top_k >= 2 (the only gate would always be 1)")
         tiny = 0 < values.get("noise_std", 0) < 1e-6
@@ -508,22 +509,23 @@ class TokenChoice(Router):
             routing.losses["load"] = load_loss(logits, noisy, o.top_k, noise_std)
         return routing
 
-    def seat(self, expert_index, weight, scores=None):
+    def seat(self, expert_index, weight, decides=None):
         """Give slots to the assignments expert_index, weight [G, T, K], in order of `priority`.
 
-        Choice k of token t is assignment t * K + k. Only priority "gate" reads the scores.
+        Choice k of token t is assignment t * K + k, so that dividing by K gives the token; an empty
+        slot holds T * K, which gives T.
         """
         G, T, K = expert_index.shape
         device = expert_index.device
         token = torch.arange(T, device=device).expand(G, T)
         if self.options.priority == "gate":
-            token = top(scores.amax(-1), T, -1)  # [G, T], the surest first
+            token = top(decides.amax(-1), T, -1)  # [G, T], the surest first
         assignment = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K]
         if self.options.priority != "token":
             assignment = assignment.mT  # [G, K, T]: all first choices stand before any second
         line = assignment.flatten(1)  # [G, T*K], the assignments in the order of the line
-        wanted = expert_index.flatten(1).gather(1, line)
-        wants = wanted[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
+        expert = expert_index.flatten(1).gather(1, line)
+        wants = expert[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
         C, filled = self.room(wants, T)
         place = queue(wants, C).flatten(1)  # [G, E*C], in the line; T*K where a slot is empty
         in_slot = F.pad(line, (0, 1), value=T * K).gather(1, place)  # assignments; T*K if empty
@@ -540,9 +542,9 @@ class TokenChoice(Router):
             return C, None
         if torch.compiler.is_compiling():
             return tokens, None  # a compiled graph knows no loads: room for every token
-        load = wants.sum(1).cpu()  # [G, E]; waits for the device
-        longest = int(load.max()) if len(load) else 1
-        return longest, load.sum(0).tolist()
+        wanted = wants.sum(1).cpu()  # [G, E], how many want each expert; waits for the device
+        longest = int(wanted.max()) if len(wanted) else 1
+        return longest, wanted.sum(0).tolist()
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -595,7 +597,7 @@ class Sigmoid(TokenChoice):
 
     A token goes to the K largest s + bias, weighed by s over the sum of its K chosen s; update()
     moves the bias by bias_rate. Differs: at K = 1 that weight would always be 1 and the router
-    would not learn from the task, so s itself weighs. As probabilities, s over the sum of all s.
+    would not learn from the task, so s itself weighs. probabilities(): s over the sum of all s.
     """
 
     offers = ("importance", "balance", "z")
@@ -658,7 +660,7 @@ class ExpertChoice(Router):
     """
 
     def route(self, x, key=None):
-        G, T, _ = x.shape
+        T = x.shape[1]
         logits = self.logits(x)
         noisy = self.add_noise(logits)
         decides, weighs = self.scores(logits, noisy)
@@ -670,7 +672,10 @@ class ExpertChoice(Router):
 
 
 class SinkhornExpertChoice(ExpertChoice):
-    """Experts choose by a Sinkhorn plan of the noisy logits (2401.15969), with the same options."""
+    """Experts choose by a Sinkhorn plan of the noisy logits (2401.15969).
+
+    Options: as SinkhornTokenChoice.
+    """
 
     defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
 
@@ -731,7 +736,7 @@ class ExpertThreshold(Router):
         super().update(routings, generator)
         quantile = torch.stack([r.quantile.to(self.threshold) for r in routings]).mean(0)
         quantile = mean_over_processes(quantile)
-        quantile = torch.where(quantile.isfinite(), quantile, self.threshold)  # one NaN token: wait
+        quantile = torch.where(quantile.isfinite(), quantile, self.threshold)  # not finite: stay
         self.threshold.lerp_(quantile, torch.where(self.updates > 0, 1 - self.decay, 1.0))
         self.updates += 1
 
@@ -898,7 +903,7 @@ ROUTERS = {
 
 # ---------------------------------------------------------------- for all files
 def seeded(*key):
-    """A generator for one purpose, as seeded(seed, step, "noise"): random, with no state kept."""
+    """A generator fixed by its key, as seeded(seed, step, "noise"): one key, the same draws."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
