@@ -1726,6 +1726,10 @@ def test_gflops_count_one_images_products_and_active_parameters_what_a_token_mee
         few = built("--router soft --top-k 3 --slots 4")
         total, active = train.parameters(few.model, few.data)
         assert total - active == (E - 1) * expert
+    if router == "dense":  # slots that no token can use do not make experts active
+        wide = built("--router token_choice --top-k 3 --capacity-factor 1.3")
+        total, active = train.parameters(wide.model, wide.data)
+        assert total - active == (E - K) * expert
 
 
 LEARNS_FROM = [  # tokens for each active parameter; the last is the study of language

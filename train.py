@@ -11,8 +11,9 @@
     torchrun --nproc-per-node 8 train.py ...    the same run in many processes
     python train.py --help                      every setting
 
-Read in order: the settings, then `run`, the whole life of one run, then what it calls. Skip the
-sections marked "Later" on a first reading; of them it is enough to know
+Words are explained in routers.py. Read in order: the settings, then `run`, the whole life of one
+run, then what it calls. Skip the sections marked "Later" on a first reading; of them it is enough
+to know
 
     Record, signals           the run's folder and its checkpoints; a list of signals caught
     processes, total          (this process's number, how many there are); a sum over all of them
@@ -96,7 +97,7 @@ SETTINGS = {
     "batch_size": ("whole", None, "examples a step"),
     "grad_accum": ("few", 1, "parts a batch is computed in"),
     "lr": ("positive", None, "peak learning rate"),
-    "router_lr": ("positive", 1.0, "factor on the routers' learning rate"),
+    "router_lr": ("positive", 1.0, "routers learn at so many times --lr"),
     "warmup": ("share", 0.1, "share of the steps in which the rate rises"),
     "schedule": (("cosine", "constant"), "cosine", "the rate after that: cosine to 0, or constant"),
     "weight_decay": ("at_least_0", 0.05, "not on norms, biases, positions and routers"),
@@ -138,7 +139,7 @@ ACTIONS = {
     "resume": ("path", None, "go on with a stopped run; steps, device, intervals may change"),
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
-# What may be said beside an action. bench checks that itself, and Record what goes on.
+# Flags allowed beside an action. bench() checks its own, Record.restore() those of --resume.
 BESIDE = {"table": (), "eval": ("device",), "sample": ("device", "seed", "task", *SAMPLING)}
 FREE = {"device", "out", "log_every", "save_every"}  # they change no result
 
@@ -184,7 +185,7 @@ def run(said, folder=None, resume=False):
         if stop:
             done = f"interrupted after {step} of {settings.steps} steps"
             print(f"{done}; --resume {record.folder} goes on from there")
-            return 128 + (caught or [signal.SIGTERM])[0]  # or another process did
+            return 128 + (caught or [signal.SIGTERM])[0]  # or caught by another process
         spent = record.spent()
         if processes()[0] == 0:
             summary, joints = conclude(settings, data, model, device)
@@ -308,7 +309,7 @@ def make_router(settings, tokens=1):
 
 
 def pick_device(settings):
-    """The device; also sets the type of number that torch uses from here on."""
+    """The device; also sets torch's default dtype."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
     here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).device_count()]
     name = here[0] if settings.device == "auto" else settings.device
@@ -405,8 +406,9 @@ def learning_rate(settings, step):
 def train_step(settings, data, model, optimizer, step):
     """One optimiser step: forward and backward of each part of the batch, clip, step, update.
 
-    Returns sums (for data.metrics), losses (of the routers), the last part's routings {block:
-    Routing}. FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
+    Returns sums (for data.metrics), losses (of the routers, and grad_norm) and the last part's
+    routings {block: Routing}. FloatingPointError, before a weight moves, for a loss or gradient
+    that is not finite.
     """
     model.train()
     for group in optimizer.param_groups:
@@ -484,7 +486,7 @@ def statistics(routings):
 
 
 def evenness(load):
-    """Of load [E], shares or sums: the busiest expert's over the mean, and how many got nothing."""
+    """Of load [E]: its largest over its mean, and how many experts got nothing."""
     most = load.max() * len(load) / load.sum().clamp(min=1e-9)
     return {"load": float(most), "dead": int((load == 0).sum())}
 
@@ -499,7 +501,7 @@ def check_sound(data, model, step):
 
 
 def conclude(settings, data, model, device):
-    """Evaluate, probe and examine: the summary, and how labels meet experts, for the report."""
+    """Evaluate, probe, examine: the summary, and the maps of specialisation(), for the report."""
     task = TASKS[settings.task]
     summary = {"router": title(settings), "steps": settings.steps}
     for split in task.SPLITS:
@@ -510,7 +512,7 @@ def conclude(settings, data, model, device):
             summary[f"{last}_dropless"] = evaluate(settings, data, model, last)
     summary["parameters"], summary["active_parameters"] = parameters(model, data)
     summary["specialisation"], joints = specialisation(settings, data, model)
-    summary |= data.report(settings, model, lambda: build(settings, data, device))
+    summary |= data.report(settings, model, fresh=lambda: build(settings, data, device))
     return summary, joints
 
 
@@ -565,6 +567,8 @@ def parameters(model, data):
     for moe in moes(model):
         o, E = moe.router.options, moe.router.num_experts
         share = o.top_k * (o.capacity_factor or 1) / E
+        if moe.router.chooses == "tokens":
+            share = min(share, o.top_k / E)  # more slots do not give a token more experts
         if getattr(o, "slots", None):
             share = o.slots / data.tokens
         idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
@@ -1744,7 +1748,7 @@ class Outlet:
 def keep_memory():
     """Let glibc keep what tensors free: to fetch it again takes up to a fifth of a CPU's step."""
     if platform.libc_ver()[0] == "glibc":
-        for threshold, size in (-3, 2**26), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for threshold, size in (-3, 2**25), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(threshold, size)
 
 
