@@ -75,7 +75,7 @@ BALANCE = {  # --balance: the losses it weighs
 }
 
 # What settings ask of a router; dense is none, and has K alone, for its width.
-KINDS = {"dense": SimpleNamespace(defaults={"top_k": 1}, recipe={}, offers=())} | ROUTERS
+ROUTER_KINDS = {"dense": SimpleNamespace(defaults={"top_k": 1}, recipe={}, offers=())} | ROUTERS
 
 # ---------------------------------------------------------------- settings
 # name: (kind, default, what it is). A kind is a tuple of choices, bool, or as read_word() knows it.
@@ -222,7 +222,7 @@ def filled(said):
     task = TASKS[said.get("task", SETTINGS["task"][1])]
     values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
     chosen = values | said  # which router, which size
-    kind = KINDS[chosen["router"]]
+    kind = ROUTER_KINDS[chosen["router"]]
     values |= task.SIZES[chosen["size"]] | options_of(kind)
     values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
@@ -239,7 +239,7 @@ def unused(said):
     """{setting said: why it has no effect here}. A run refuses it, a grid leaves it out."""
     settings = filled(said)
     name, task = settings.router, TASKS[settings.task]
-    options, offered = options_of(KINDS[name]), KINDS[name].offers
+    options, offered = options_of(ROUTER_KINDS[name]), ROUTER_KINDS[name].offers
     found = {}  # also of settings that were not said; the last line leaves them out
     if name == "dense":
         found["expert_init"] = "--expert-init is for experts; --router dense has none"
@@ -1071,11 +1071,7 @@ def escape(text):
 
 
 def picture(folders, path, count=5):
-    """Write a PNG: test images, and beside them, run by run, their patches coloured by expert.
-
-    README's: python train.py --router token_choice expert_choice hash --out runs/three, then
-    picture(sorted(glob.glob("runs/three/*/")), ".github/patches.png").
-    """
+    """Write a PNG: test images, and beside them, run by run, their patches coloured by expert."""
     parts = []
     for folder in folders:
         _, data, model = load_run(folder)
@@ -1442,7 +1438,7 @@ def grid(lists):
             raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
     every = "all" in lists.get("router", ())
     if every:
-        lists = lists | {"router": list(KINDS)}
+        lists = lists | {"router": list(ROUTER_KINDS)}
         lists.setdefault("dense_match", ["active", "total"])
     task = lists.get("task", [SETTINGS["task"][1]])[0]
     out = pathlib.Path(lists.get("out", [f"runs/grid-{task}"])[0])
