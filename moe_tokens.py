@@ -81,9 +81,9 @@ class GPT(nn.Module):
     """tokens [B, T], topic [B] or None -> logits [B, T, V] and {block: Routing}.
 
     unit="sequence": the batch is one group, each sequence one token in it, T*D wide, which an
-    expert takes as T vectors of D.
-    The router sees the mean of its first `prefix` positions, or of all if None. scope="global":
-    one routing, made after the embeddings, serves all blocks. hash_key="topic": hash goes by topic.
+    expert takes as T vectors of D. A sequence is routed by the mean of its first `prefix`
+    positions, or of all if None. scope="global": one routing, made after the embeddings, serves
+    all blocks. hash_key="topic": hash goes by topic.
     """
 
     def __init__(self, vocab_size, context, dim, heads, feeds, unit, scope, prefix, hash_key):
@@ -102,7 +102,7 @@ class GPT(nn.Module):
     def forward(self, tokens, topic=None):
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         key = tokens if self.hash_key == "token" else topic[:, None].expand_as(tokens)
-        given = None  # or the one Routing of all blocks
+        given = None  # or the one Routing of all blocks, which no block's own norm precedes
         if self.scope == "global":
             given = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
         routings = {}
@@ -132,7 +132,7 @@ class GPT(nn.Module):
         if self.unit == "token":
             return moe.router(x, key)
         pooled = x[:, : self.prefix].mean(1)  # [B, D]
-        return moe.router(pooled[None], key[None, :, 0])
+        return moe.router(pooled[None], key[None, :, 0])  # hash goes by a sequence's first key
 
     def moes(self):
         return [block.feed for block in self.blocks if isinstance(block.feed, MoE)]
@@ -165,9 +165,8 @@ def settle(settings, router, said):
     s.hash_key = s.hash_key or "token"
     s.pool = s.pool or "prefix"
     s.prefix = s.prefix or 16
-    seen = 1  # first tokens that are not scored: one, or as many as a sequence's router reads
-    if reads_sequences(s) and s.pool == "prefix":
-        seen = s.prefix
+    # First tokens that are not scored: as many as a sequence's router reads, or one.
+    seen = s.prefix if reads_sequences(s) and s.pool == "prefix" else 1
     s.score_from = s.score_from or seen
     for flag, value in ("--prefix", seen), ("--score-from", s.score_from):
         if value > s.context:
@@ -182,7 +181,7 @@ def settle(settings, router, said):
 
 
 def reads_sequences(settings):
-    """Is a sequence routed by what its tokens say? Not by hash, which goes by one key alone."""
+    """Does the routing read several tokens of a sequence? Hash reads its first key alone."""
     return settings.unit == "sequence" and settings.router not in ("hash", "dense")
 
 
@@ -190,8 +189,8 @@ def leak(settings, router):
     """Why the routing of a token depends on later ones; "" if it does not."""
     s = settings
     if router is not None and not router.causal:
-        why = "what a token gets depends on later tokens"
-        return f"--router {s.router} is not causal with these options: {why}"
+        rule = "is not causal with these options (token_choice is, by default)"
+        return f"--router {s.router} {rule}: what a token gets depends on later tokens"
     if reads_sequences(s) and s.pool == "mean":
         return "--pool mean routes a sequence by later tokens too; --pool prefix does not"
     if reads_sequences(s) and s.score_from < s.prefix:
@@ -222,8 +221,8 @@ def unused(settings):
 class Text:
     """Windows of `context` tokens, each within one document; or of nanoGPT's .bin files.
 
-    parts[name] is tokens [N] and where each window starts [windows]; of documents also each
-    window's document and topic. Reading sets about, vocab_size and parts, and of documents
+    Reading sets about, vocab_size and parts[name]: tokens [N] and where each window starts
+    [windows], of documents also each window's document and topic. Of documents it also sets
 
     tokenizer, bytes_of  its pieces of text, and the bytes in each; .bin files have None
     topics, topic_names  all topics (none if there is one alone), and the names of the ten largest
@@ -256,8 +255,8 @@ class Text:
             larger = f"--batch-size {self.batch_size} is larger than the data"
             raise ValueError(f"{larger}: {train} training windows")
         self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # evenly spread
-        scored = f"{len(self.scored)} of {held} validation windows"
-        self.about += f"; {train} training windows of {self.context} tokens, {scored}"
+        spread = f"{len(self.scored)} of {held} validation windows"
+        self.about += f"; {train} training windows of {self.context} tokens, {spread}"
 
     def build(self, settings, make_feed):
         """The GPT; make_feed(block) gives each block its FFN or MoE."""
@@ -318,7 +317,7 @@ class Text:
 
         loss and perplexity are per token, bits_per_byte can be compared between tokenizers.
         """
-        mean = sums["loss"] / sums["count"]
+        mean = sums["loss"] / sums["count"]  # a tensor in training, else a float: no overflow
         perplexity = mean.exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
         found = {"loss": mean, "perplexity": perplexity}
         if "bytes" in sums:
@@ -382,10 +381,8 @@ class Text:
                 continue
             joint, pieces = labels["token"]
             for expert, share in enumerate(joint[:, :-1].T):  # the last column is no expert
-                words = []
-                for i in share.topk(12).indices:
-                    if share[i] > 0:
-                        words.append(repr(pieces[i].decode("utf-8", "replace"))[1:-1])
+                commonest = [pieces[i] for i in share.topk(12).indices if share[i] > 0]
+                words = [repr(piece.decode("utf-8", "replace"))[1:-1] for piece in commonest]
                 lines.append(f"block {block}, expert {expert}: {' '.join(words)}")
         return "\n".join(lines)
 
@@ -401,7 +398,7 @@ class Text:
             mass = routing.mass()
             E = mass.shape[-1]
             legend = [on_page(f" expert {e} ", *color(e, E, lightness=0.8)) for e in range(E)]
-            legend.append(on_page(" no expert ", *NO_EXPERT))
+            legend.append(on_page(" no expert ", *color(E, E)))
             page.append(f"<h3>block {block}</h3><p>{' '.join(legend)}</p>")
             for tokens, of_tokens in zip(batch["input"], mass.view(len(batch["input"]), -1, E)):
                 text = painted(tokens, of_tokens, self.tokenizer, on_page)
@@ -411,7 +408,7 @@ class Text:
     # Reading: what fills parts, topics, tokenizer, about and facts.
     def read_bins(self, path, vocab_size):
         """nanoGPT's files: tokens of two bytes; the vocabulary as large as they need."""
-        largest = {}
+        largest = 0
         for part, name in ("train", "train.bin"), ("validation", "val.bin"):
             file = path / name
             size = file.stat().st_size if file.is_file() else 0
@@ -419,13 +416,11 @@ class Text:
                 raise ValueError(f"{file} must hold tokens of two bytes each, got {size} bytes")
             ids = np.memmap(file, np.uint16, "r")
             self.parts[part] = ids, np.arange(0, len(ids) - self.context, self.context)
-            largest[part] = int(ids.max())
-        size = max(largest.values()) + 1
-        self.vocab_size = vocab_size or 64 * math.ceil(size / 64)  # a multiple of 64 runs faster
-        for part, token in largest.items():
-            if token >= self.vocab_size:
-                rule = f"beyond --vocab-size {self.vocab_size}"
-                raise ValueError(f"{path}: {part} holds token {token}, {rule}")
+            largest = max(largest, int(ids.max()))
+            if vocab_size and largest >= vocab_size:
+                rule = f"beyond --vocab-size {vocab_size}"
+                raise ValueError(f"{path}: {part} holds token {largest}, {rule}")
+        self.vocab_size = vocab_size or 64 * (largest // 64 + 1)  # a multiple of 64 runs faster
         self.about = f"{path.resolve().name}: nanoGPT's format, vocabulary of {self.vocab_size}"
 
     def read_text(self, settings, folder):
@@ -446,12 +441,10 @@ class Text:
         topic_of, names, texts = zip(*documents)
         topics = sorted(set(topic_of))
         self.topics = topics if len(topics) > 1 else []
-        used = self.cut("train", train, topics)
-        used += self.cut("validation", validation, topics, first=len(train))
+        used = self.window("train", train, topics)
+        used += self.window("validation", validation, topics, first=len(train))
         self.name_topics(topics)
-        self.classes = PROSE
-        if all(name.endswith(".py") for name in names):
-            self.classes = CODE
+        self.classes = CODE if all(name.endswith(".py") for name in names) else PROSE
         kinds = [token_class(i, piece, self.classes) for i, piece in enumerate(pieces)]
         self.class_of = torch.tensor(kinds)
         held = torch.from_numpy(self.parts["validation"][0])
@@ -466,7 +459,7 @@ class Text:
             f"{self.vocab_size}, {self.facts['bytes_per_token']:.2f} bytes a token"
         )
 
-    def cut(self, part, documents, topics, first=0):
+    def window(self, part, documents, topics, first=0):
         """Set parts[part] from documents, numbered from `first`; returns the bytes in windows."""
         tokens, starts, document, topic = [], [], [], []
         end = used = 0
@@ -498,7 +491,7 @@ class Vocabulary(Text):
     """A run's tokenizer without its documents: all that sampling needs."""
 
     def __init__(self, settings, device, folder):
-        if not (folder / "tokenizer.json").is_file():
+        if settings.task != "tokens" or not (folder / "tokenizer.json").is_file():
             kind = f"a run of --task {settings.task} without a tokenizer"
             raise ValueError(f"--sample {folder}: {kind} writes no text")
         if settings.hash_key == "topic":
@@ -567,9 +560,7 @@ class Tokenizer:
     @classmethod
     def learn(cls, texts, vocab_size=None):
         """The lexemes, met at least twice, that cover the most bytes; vocab_size - 256 at most."""
-        counts = collections.Counter()
-        for text in texts:
-            counts.update(lexemes(text))
+        counts = collections.Counter(lexeme for text in texts for lexeme in lexemes(text))
         common = [lexeme for lexeme in counts if counts[lexeme] > 1]
         common.sort(key=lambda lexeme: (-counts[lexeme] * len(lexeme), lexeme))
         return cls(common[: (vocab_size or 4096) - 256])
@@ -716,8 +707,8 @@ def divide(documents):
     if len(documents) == 1:
         topic, name, raw = documents[0]
         cut = len(raw) * 9 // 10
-        while cut < len(raw) and raw[cut] & 0xC0 == 0x80:
-            cut += 1  # not inside a character
+        while cut < len(raw) and inside_character(raw[cut : cut + 1]):
+            cut += 1
         return [(topic, name, raw[:cut])], [(topic, name, raw[cut:])]
     sizes = collections.Counter(topic for topic, _, _ in documents)
     groups = collections.defaultdict(list)
@@ -742,7 +733,7 @@ def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
         logits, _ = model(context)
         chance = (logits[0, -1].float().cpu() / max(temperature, 1e-6)).softmax(-1)
         chance, order = chance.sort(descending=True, stable=True)
-        chance[chance.cumsum(0) - chance >= top_p] = 0  # the first is always kept
+        chance[1:][chance.cumsum(0)[:-1] >= top_p] = 0  # the first is always kept
         place = 0
         if temperature > 0:
             place = int(chance.multinomial(1, generator=seeded(seed, "sample", step)))
@@ -767,15 +758,14 @@ def sample(model, tokenizer, saved, asked, colored):
     count, temperature = asked.max_new_tokens, asked.temperature
     tokens = generate(model, prompt, count, temperature, asked.top_p, asked.seed)
     shown = tokens[-model.context :]
+    while len(shown) > 1 and inside_character(tokenizer.pieces[shown[0]]):
+        shown = shown[1:]
     routings = model(torch.tensor([shown], device=model.position.device))[1]
     if not colored or not routings:
         return tokenizer.decode(tokens).decode("utf-8", "replace")
     mass = list(routings.values())[-1].mass()
     before = tokenizer.decode(tokens[: -len(shown)]).decode("utf-8", "replace")
     return before + painted(torch.tensor(shown), mass[0], tokenizer, on_terminal)
-
-
-NO_EXPERT = (200, 200, 200)
 
 
 def painted(tokens, mass, tokenizer, paint):
@@ -788,16 +778,20 @@ def painted(tokens, mass, tokenizer, paint):
     stretches = []  # [expert, its bytes]
     for expert, token in zip(experts.tolist(), tokens.tolist()):
         piece = tokenizer.pieces[token]
-        inside = piece[0] & 0xC0 == 0x80  # a later byte of a character: coloured as its first
-        if stretches and (inside or expert == stretches[-1][0]):
+        # A later byte of a character is coloured as its first.
+        if stretches and (inside_character(piece) or expert == stretches[-1][0]):
             stretches[-1][1] += piece
         else:
             stretches.append([expert, piece])
     text = ""
     for expert, raw in stretches:
-        rgb = color(expert, E, lightness=0.8) if expert < E else NO_EXPERT
-        text += paint(raw.decode("utf-8", "replace"), *rgb)
+        text += paint(raw.decode("utf-8", "replace"), *color(expert, E, lightness=0.8))
     return text
+
+
+def inside_character(raw):
+    """Do these bytes of UTF-8 begin with a later byte of a character?"""
+    return raw[0] & 0xC0 == 0x80
 
 
 def on_terminal(text, *rgb):

@@ -5,19 +5,21 @@ blocks hold an MoE in place of their FFN, as in V-MoE (2106.05974). A group is a
 a patch: x [B, T, D] is already [G, T, D].
 
 Images are drawn on the fly (the default), or read from a folder in the CIFAR binary layout, from an
-.npz, or from the official CIFAR archives, which are fetched once. moe_tokens.py has the same names
-in the same order: read the two files side by side.
+.npz, or from the official CIFAR archives, which are fetched once. Block, ViT and
+Images have their twins in moe_tokens.py: read the two files side by side.
 """
 
 import base64
 import hashlib
 import http.client
+import io
 import math
-import os
 import pathlib
-import shutil
+import struct
 import tarfile
+import tempfile
 import urllib.request
+import zipfile
 import zlib
 
 import numpy as np
@@ -128,7 +130,8 @@ def settle(settings, router, said):
 
     `router` and `said` are for moe_tokens.py: images may be routed in any way.
     """
-    drawn = issubclass(DATASETS.get(settings.data or "drawn", Stored), Drawn)
+    kind = DATASETS.get(settings.data or "drawn", Stored)
+    drawn = issubclass(kind, Drawn)
     if settings.head == "patch" and not drawn:
         raise ValueError("--head patch is for drawn images, whose patches we know; --data has none")
     if settings.few_shot and drawn:
@@ -201,7 +204,8 @@ class Images:
     def metrics(self, sums):
         """What is reported, from summed counts and the summed loss.
 
-        top1 in %; of patches also miou, the mean over classes of intersection over union, in %.
+        top1 in %; of patches also miou, in %: intersection over union, 0 for a class that occurs
+        nowhere, its mean over classes.
         """
         found = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
         if "both0" in sums:
@@ -213,8 +217,8 @@ class Images:
     def labels(self, batch, start):
         """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the number of the image or patch that has this one label. Label -1 is none. `start`
-        images came before this batch.
+        owner: the number of the image or patch that has this one label, shared by its tokens: they
+        keep one label when labels are shuffled. Label -1 is none. `start` images came before.
         """
         B, T = len(batch["image"]), self.tokens
         patch = torch.arange(start * T, (start + B) * T).view(B, T)
@@ -255,7 +259,7 @@ class Images:
         return {}
 
     def tell(self, model, joints):
-        """What is printed of the experts at the end; joints: as in moe_tokens.py."""
+        """What is printed of the experts at the end; joints, for moe_tokens.py, is unused."""
         return ""
 
     @torch.no_grad()
@@ -282,13 +286,13 @@ class Images:
         """
         images = next(iter(self.split("test")))["image"][:count]
         n = self.image_size // self.patch
-        strips = [strip(self.pixels(images))]
+        strips = [stacked(self.pixels(images))]
         for routing in model(images)[1].values():
             mass = routing.mass().cpu()
             E = mass.shape[-1]
             expert = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).view(len(images), n, n)
-            palette = np.array([color(e, E) for e in range(E)] + [NO_EXPERT], np.uint8)
-            strips.append(strip(palette[expert.numpy()]))
+            palette = np.array([color(e, E) for e in range(E + 1)], np.uint8)
+            strips.append(stacked(palette[expert.numpy()]))
         return np.concatenate(strips, 1)
 
     def pixels(self, image):
@@ -320,13 +324,13 @@ KINDS = ("background", "edge", "interior")  # of a patch
 PATCH_CLASSES = 1 + 2 * len(SHAPES)  # 0 background; of shape s, 2s + 1 edge, 2s + 2 interior
 TILE = 4  # pixels along a tile
 TILES = torch.randint(2, (256, TILE, TILE), generator=seeded("tiles")) * 2.0 - 1  # dark -1, light 1
-# The 64 tiles that each class draws on, [classes, 64].
-USED = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]
+# The 64 tiles of each class, [classes, 64].
+TILES_OF = torch.rand(24, len(TILES), generator=seeded("owned")).argsort(1)[:, :64]
 TRAINED, HELD_OUT = range(18), range(18, 24)  # classes; those held out are for the probe
 
 
 def inside(u, v, r, angle):
-    """The points that each of SHAPES covers: a point is (u, v), v down, or (r, angle), 0 up."""
+    """The points that each of SHAPES covers; v points down, angle counts from straight up."""
     near, far = torch.minimum(u.abs(), v.abs()), torch.maximum(u.abs(), v.abs())
     return [
         r < 0.85,  # disc
@@ -372,8 +376,8 @@ class Drawn(Images):
         label = torch.randint(len(classes), (count,), generator=g)
         shape = torch.randint(len(SHAPES), (count,), generator=g)
         S = self.image_size
-        pick = torch.randint(USED.shape[1], (count, (S // TILE) ** 2), generator=g)
-        tile = USED[torch.tensor(classes)[label]].gather(1, pick)  # [B, places]
+        pick = torch.randint(TILES_OF.shape[1], (count, (S // TILE) ** 2), generator=g)
+        tile = TILES_OF[torch.tensor(classes)[label]].gather(1, pick)  # [B, places]
         look = torch.rand(count, 10, generator=g, dtype=torch.float32)  # 0-3 pose, 4-9 colours
         noise = torch.randn(count, 1, S, S, generator=g, dtype=torch.float32)
         dtype = torch.get_default_dtype()  # drawn in float32, so that all have the same images
@@ -456,9 +460,7 @@ class Stored(Images):
         tenth = len(image) // 10
         validation = image[:tenth], label[:tenth]
         parts = {"train": (image[tenth:], label[tenth:]), "validation": validation, "test": test}
-        self.parts = {}
-        for name, (x, y) in parts.items():
-            self.parts[name] = x[y < known], y[y < known]
+        self.parts = {name: (x[y < known], y[y < known]) for name, (x, y) in parts.items()}
         image, label = torch.cat([image, test[0]]), torch.cat([label, test[1]])
         self.pool = image[label >= known], label[label >= known] - known
 
@@ -486,11 +488,9 @@ class Stored(Images):
         image, label = self.pool
         order = torch.randperm(len(label), generator=seeded(self.seed, "probe", draw))
         support, others = pick_shots(label[order], shots)
-        found = []
-        for rows in order[support], order[others][:1024]:
-            batch = self.ready(image[rows], label[rows])
-            found.append((batch["image"], batch["label"]))
-        return found
+        picked = order[support], order[others][:1024]
+        batches = [self.ready(image[rows], label[rows]) for rows in picked]
+        return [(batch["image"], batch["label"]) for batch in batches]
 
     def ready(self, image, label):
         image = send(image, self.device).to(self.mean.dtype) / 255  # bytes travel, not floats
@@ -539,6 +539,8 @@ def read_cifar(files):
 def read_npz(path):
     """x_train, y_train, x_test, y_test of an .npz, as read_images gives them; never a pickle."""
     keys = ("x_train", "y_train", "x_test", "y_test")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz archive; for text say --task tokens")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in keys if key in archive}
@@ -549,7 +551,7 @@ def read_npz(path):
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(keys)}")
     train, test = (check_images(path, part, arrays) for part in ("train", "test"))
-    most = min(int(train[1].max()), 65535)
+    most = min(int(train[1].max()), 65535)  # a larger label is a mistake, and as large a head
     for _, labels in train, test:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high > most:
@@ -590,27 +592,22 @@ def download(name, root="data"):
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mine = folder.with_name(f"{name}-{os.getpid()}")  # many processes may fetch it at once
-    archive, part = mine.with_suffix(".tar.gz"), mine.with_suffix(".part")
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply, open(archive, "wb") as file:
-            shutil.copyfileobj(reply, file)
-        digest = hashlib.md5(archive.read_bytes()).hexdigest()
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            archive = reply.read()
+        digest = hashlib.md5(archive).hexdigest()
         if digest != md5:
-            rule = "cut short or changed; the download was deleted"
-            raise ValueError(f"{url} has md5 {digest}, not {md5}: {rule}")
-        with tarfile.open(archive) as members:
-            members.extractall(part, filter="data")  # refuses what would lie outside
-        files = sorted(part.rglob("*.bin"))
-        if not files:
-            raise ValueError(f"{url} holds no .bin file")
-        if not folder.is_dir():  # else another process was first
-            files[0].parent.rename(folder)
+            raise ValueError(f"{url} has md5 {digest}, not {md5}: cut short or changed")
+        with tempfile.TemporaryDirectory(dir=root) as mine:  # many processes may fetch it at once
+            with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+                members.extractall(mine, filter="data")  # refuses what would lie outside
+            files = sorted(pathlib.Path(mine).rglob("*.bin"))
+            if not files:
+                raise ValueError(f"{url} holds no .bin file")
+            if not folder.is_dir():  # else another process was first
+                files[0].parent.rename(folder)
     except (OSError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
         raise ValueError(f"cannot fetch {url}: {error}") from None
-    finally:
-        archive.unlink(missing_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -624,6 +621,7 @@ def ridge_accuracy(support, query):
     """
     (x, y), (z, truth) = support, query
     mean, std = x.double().mean(0), x.double().std(0) + 1e-5
+    # So large a constant that the penalty hardly touches its weight.
     x = F.pad((x.double() - mean) / std, (0, 1), value=100.0)
     z = F.pad((z.double() - mean) / std, (0, 1), value=100.0)
     targets = F.one_hot(y).double() * 2 - 1
@@ -639,10 +637,7 @@ def ridge_accuracy(support, query):
 
 
 # ---------------------------------------------------------------- pictures
-NO_EXPERT = (200, 200, 200)  # grey
-
-
-def strip(images, side=112, margin=4):
+def stacked(images, side=112, margin=4):
     """Images [N, S, S, 3] one below the other, each `side` pixels wide in a white frame."""
     nearest = np.arange(side) * images.shape[1] // side
     space = ((0, 0), (margin, margin), (margin, margin), (0, 0))
@@ -652,21 +647,21 @@ def strip(images, side=112, margin=4):
 
 def swatches(num_experts):
     """A legend in HTML: each expert's number on its colour, and the grey of no expert."""
-    named = [(f"expert {e}", color(e, num_experts)) for e in range(num_experts)]
-    named.append(("no expert", NO_EXPERT))
-    marks = [f'<span style="background:rgb{rgb}">&nbsp;{name}&nbsp;</span>' for name, rgb in named]
+    names = [f"expert {e}" for e in range(num_experts)] + ["no expert"]
+    marks = []
+    for e, name in enumerate(names):
+        rgb = color(e, num_experts)
+        marks.append(f'<span style="background:rgb{rgb}">&nbsp;{name}&nbsp;</span>')
     return " ".join(marks)
 
 
 def png(pixels):
     """The bytes of a PNG of pixels [H, W, 3] uint8."""
-
-    def chunk(kind, body):
-        checksum = zlib.crc32(kind + body).to_bytes(4, "big")
-        return len(body).to_bytes(4, "big") + kind + body + checksum
-
     height, width, _ = pixels.shape
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+    found = b"\x89PNG\r\n\x1a\n"
+    for kind, body in (b"IHDR", head), (b"IDAT", rows), (b"IEND", b""):
+        checksum = zlib.crc32(kind + body)
+        found += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+    return found

@@ -28,14 +28,15 @@ Words, the same in every file:
     gates       softmax(logits), unless a router says otherwise
     plan        logits or gates rebalanced, so that all experts get about the same
     scores      what decides a routing, and what weighs its outputs: gates or a plan
-    load        the share of all assignments that each expert gets
+    load        the share of all assignments that ask for each expert
     assignment  one token sent to one expert; it is dropped if that expert has no slot left
     line        the order in which assignments ask for slots
     dropless    C is as large as the fullest expert needs, so that no assignment is dropped
 
 arXiv 2401.15969, Routers in Vision Mixture of Experts, has six of the routers below: TokenChoice
 and its Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. "As published" is
-the code in google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from it.
+the code in google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from
+what is named beside it.
 
 Read in order. To add a router, subclass one and add it to ROUTERS. Not here: expert parallelism,
 padding.
@@ -49,6 +50,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -98,15 +100,15 @@ class HardRouting(Routing):
 
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
-    filled  of a dropless routing, the number of filled slots of each expert, over all groups: a
-            list. Most slots are empty then, and experts with ragged() run on the filled ones alone.
+    filled  None, or of a dropless routing the number of filled slots of each expert, over all
+            groups: a list. Most slots are empty then; experts with ragged() run on these alone.
     """
 
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # For each slot, in Experts' order [E, G, C]: its row of x.flatten(0, 1), and its weight.
-        # An empty slot reads its group's last token, with weight 0.
+        # For each slot, in Experts' order [E, G, C]: its row of x.flatten(0, 1), and its weight. An
+        # empty slot has its group's last row, and weight 0.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
         self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
@@ -116,22 +118,18 @@ class HardRouting(Routing):
         dispatch = dispatch.permute(0, 3, 1, 2).to(self.weight.dtype)  # [G, T, E, C]
         return dispatch, dispatch * self.weight[:, None]
 
-    def gather(self, x):
-        """dispatch(x), but an empty slot holds its group's last token; its weight is 0."""
-        G, E, C = self.index.shape
-        slots = x.flatten(0, 1).index_select(0, self._rows)
-        return slots.view(E, G, C, x.shape[-1]).transpose(0, 1)  # [G, E, C, D]
-
     def dispatch(self, x):
+        G, E, C = self.index.shape
+        slots = x.flatten(0, 1).index_select(0, self._rows).view(E, G, C, x.shape[-1])
         empty = self.index == self.tokens
-        return self.gather(x).masked_fill(empty[..., None], 0)
+        return slots.transpose(0, 1).masked_fill(empty[..., None], 0)  # [G, E, C, D]
 
     def combine(self, y):
         return self._add_up(y.transpose(0, 1).flatten(0, 2), self._weights, self._rows)
 
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
-            return self.combine(experts(self.gather(x)))
+            return super().run(x, experts)
         taken = (self.index < self.tokens).transpose(0, 1).flatten()
         # The number of filled slots is known, so that nothing here waits for the device.
         slot = taken.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
@@ -202,10 +200,11 @@ def project(z, k):
     that those still above 0 sum to 1; the others become 0.
     """
     largest = z.topk(min(k, z.shape[1]), dim=1).values  # [G, k, E], falling
-    size = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
-    threshold = (largest.cumsum(1) - 1) / size  # for a support of that size
-    support = (largest > threshold).sum(1, keepdim=True).clamp(min=1)  # 0 only if z is not finite
-    last = largest[:, -1:]
+    count = torch.arange(1, largest.shape[1] + 1, device=z.device, dtype=z.dtype)[:, None]
+    threshold = (largest.cumsum(1) - 1) / count  # if so many stay above 0
+    # No support at all: z is not finite, or so large that z - 1 is z.
+    support = (largest > threshold).sum(1, keepdim=True).clamp(min=1)
+    last = largest[:, -1:]  # what is above it stays, and of what equals it the first, up to k
     above, level = z > last, z == last
     kept = above | (level & (level.cumsum(1) + above.sum(1, keepdim=True) <= k))
     return (z - threshold.gather(1, support - 1)).clamp(min=0) * kept
@@ -224,11 +223,11 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
     G, T, E = gates.shape
     column_sum = T / E if column_sum is None else column_sum
     row_sum = column_sum * E / T
-    scores = gates.detach()
-    alpha = m = v = scores.new_zeros(G, T, 1)
+    fixed = gates.detach()
+    alpha = m = v = fixed.new_zeros(G, T, 1)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for step in range(1, iterations + 1):
-        share = project((alpha + scores) / column_sum, k)  # its columns sum to 1
+        share = project((alpha + fixed) / column_sum, k)  # its columns sum to 1
         slope = column_sum * share.sum(2, keepdim=True) - row_sum  # [G, T, 1], each row's error
         m = 0.9 * m + 0.1 * slope  # from here: Adam
         v = 0.999 * v + 0.001 * slope**2
@@ -242,7 +241,7 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
 def importance_loss(logits, gates=None):
     """Squared coefficient of variation of the experts' summed gates (V-MoE 2106.05974, app. A).
 
-    logits [G, T, E] without noise; gates, softmax(logits) if None: a router's own probabilities.
+    Of logits [G, T, E] without noise. gates: the router's own probabilities, or softmax(logits).
     """
     gates = logits.softmax(-1) if gates is None else gates
     importance = gates.sum(1)  # [G, E]
@@ -297,13 +296,25 @@ RANGES = {"noise_std": 1e6, "scale": 1e6, "bias_rate": 1.0}  # numbers from 0 to
 
 
 def draw_noise(logits):
-    """Standard normal noise for these logits. train.py replaces it where many processes train."""
-    return torch.randn_like(logits)
+    """Standard normal noise. Of many processes, each draws the whole batch's and takes its part."""
+    if not dist.is_initialized():
+        return torch.randn_like(logits)
+    whole = logits.new_empty(dist.get_world_size() * len(logits), *logits.shape[1:])
+    return torch.randn_like(whole).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def mean_over_processes(value):
-    """The value, where one process trains. train.py replaces it where many do."""
-    return value
+    """The mean of a value over all processes that train; the value, where one trains."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+def at_least_float32():
+    """The default dtype, or float32 if that is coarser: bias and threshold move in tiny steps."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 class Router(nn.Module):
@@ -313,9 +324,8 @@ class Router(nn.Module):
     their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
     writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
 
-    causal is True only if, with these options and C given, later tokens change neither a token's
-    choices nor its drops. But C grows with T: a token dropped from a short text may find a slot in
-    a longer one.
+    causal is True only if, with these options, later tokens change neither a token's choices nor,
+    at a fixed C, its drops. But C grows with T: what a short text drops, a longer one may seat.
 
     top_k            K, choices of a token; where experts choose, it only sets the budget: there are
                      T * K * capacity_factor slots in all
@@ -329,13 +339,14 @@ class Router(nn.Module):
     causal = False
     offers = ("z",)
     recipe = {}
-    margin = 1  # C is so many times as large; above 1 where the number of assignments varies
+    margin = 1  # times C; more where nobody knows how many tokens will ask
     defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0)
     defaults |= dict(router_weights="learned", gate="linear")
 
-    def __init__(self, dim, num_experts, **options):
+    def __init__(self, dim, num_experts, tokens=None, **options):
+        """tokens: how many a group has. Soft alone needs it, where slots is None."""
         super().__init__()
-        self.dim, self.num_experts = dim, num_experts
+        self.dim, self.num_experts, self.tokens = dim, num_experts, tokens
         unknown = [name for name in options if name not in self.defaults]
         if unknown:
             has = f"it has {', '.join(self.defaults)}"
@@ -345,11 +356,12 @@ class Router(nn.Module):
         if "router_weights" in self.defaults:  # hash and soft have no gate
             self.make_gate()
         if getattr(self.options, "bias_rate", 0):
-            self.register_buffer("bias", torch.zeros(num_experts))
+            self.register_buffer("bias", torch.zeros(num_experts, dtype=at_least_float32()))
 
     def check_options(self):
         """ValueError for an invalid option; it names the rule and the value."""
-        values = dict(dim=self.dim, num_experts=self.num_experts) | vars(self.options)
+        values = dict(dim=self.dim, num_experts=self.num_experts, tokens=self.tokens)
+        values |= vars(self.options)
 
         def need(ok, name, rule):
             if not ok:
@@ -386,13 +398,13 @@ class Router(nn.Module):
         self.redraw(self.gate)
         self.gate.requires_grad_(self.options.router_weights == "learned")
         if self.options.router_weights == "random":
-            self.random_gate = copy.deepcopy(self.gate)  # for training; evaluation has a fixed one
+            self.random_gate = copy.deepcopy(self.gate)  # for training; evaluation keeps self.gate
 
     def redraw(self, gate, generator=None):
         """Fresh weights of deviation dim^-1/2: a linear gate keeps the variance of tokens."""
         with torch.no_grad():
             for weight in gate.parameters():
-                fresh = torch.empty(weight.shape, dtype=weight.dtype)
+                fresh = torch.empty(weight.shape, dtype=weight.dtype)  # on the CPU: alike anywhere
                 weight.copy_(fresh.normal_(0, self.dim**-0.5, generator=generator))
 
     def forward(self, x, key=None):
@@ -401,18 +413,18 @@ class Router(nn.Module):
             raise ValueError(f"a router needs tokens [G, T, {self.dim}], got {list(x.shape)}")
         if x.shape[1] < 1:
             raise ValueError("a group needs at least 1 token, got 0")
-        return self.route(x, key)
+        routing = self.route(x, key)
+        routing.router = self
+        return routing
 
     def logits(self, x):
         """Logits [G, T, E] of tokens x [G, T, D], in float32 at least; without noise."""
         random = self.options.router_weights == "random" and self.training
         gate = self.random_gate if random else self.gate
-        *hidden, last = gate.parameters()
         with torch.autocast(x.device.type, enabled=False):
             z = x.to(torch.promote_types(x.dtype, torch.float32))
-            for weight in hidden:  # none in a linear gate
-                z = F.gelu(F.linear(z, weight.to(z.dtype)))
-            return F.linear(z, last.to(z.dtype))  # gate(x) would not cast its weights
+            weights = {name: weight.to(z.dtype) for name, weight in gate.named_parameters()}
+            return torch.func.functional_call(gate, weights, z)  # gate(z), its weights cast
 
     def add_noise(self, logits):
         """In training, logits with noise of deviation noise_std / E; else the logits themselves."""
@@ -430,12 +442,12 @@ class Router(nn.Module):
         gates = self.probabilities(noisy)
         return gates, gates
 
-    def by_plan(self, make_plan, z, gates):
-        """Scores where make_plan(z) decides; combine_weights says whether it or the gates weigh."""
-        if self.options.combine_weights == "softmax":
-            return make_plan(z.detach()), gates  # a plan that weighs nothing needs no gradient
-        plan = make_plan(z)
-        return plan, plan
+    def by_plan(self, gates, make_plan, z, *how):
+        """Scores where a plan, make_plan(z, *how), decides, and it or the gates weigh."""
+        if self.options.combine_weights == "plan":
+            plan = make_plan(z, *how)
+            return plan, plan
+        return make_plan(z.detach(), *how), gates  # a plan that weighs nothing needs no gradient
 
     def capacity(self, tokens):
         """C = ceil(margin*T*K*cf / E), at most T, for a group of T tokens; None if dropless."""
@@ -495,7 +507,7 @@ class TokenChoice(Router):
         biased = decides + self.bias if o.bias_rate else decides
         expert_index = top(biased, o.top_k, -1)  # [G, T, K]
         weight = weighs.gather(-1, expert_index)
-        if o.renormalize:
+        if getattr(o, "renormalize", o.top_k > 1):  # sigmoid has no choice
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
         routing = self.seat(expert_index, weight, decides)
         routing.logits, routing.gates = logits, self.probabilities(logits)
@@ -505,33 +517,27 @@ class TokenChoice(Router):
             "z": z_loss(logits),
         }
         if noisy is not logits:  # there was noise
-            noise_std = o.noise_std / self.num_experts
-            routing.losses["load"] = load_loss(logits, noisy, o.top_k, noise_std)
+            deviation = o.noise_std / self.num_experts  # of the noise itself
+            routing.losses["load"] = load_loss(logits, noisy, o.top_k, deviation)
         return routing
 
     def seat(self, expert_index, weight, decides=None):
-        """Give slots to the assignments expert_index, weight [G, T, K], in order of `priority`.
-
-        Choice k of token t is assignment t * K + k, so that dividing by K gives the token; an empty
-        slot holds T * K, which gives T.
-        """
+        """Give slots to the assignments expert_index, weight [G, T, K], in order of `priority`."""
         G, T, K = expert_index.shape
         device = expert_index.device
         token = torch.arange(T, device=device).expand(G, T)
         if self.options.priority == "gate":
             token = top(decides.amax(-1), T, -1)  # [G, T], the surest first
-        assignment = token[..., None] * K + torch.arange(K, device=device)  # [G, T, K]
+        token = token[..., None].expand(G, T, K)
+        line = token, expert_index.gather(1, token), weight.gather(1, token)
         if self.options.priority != "token":
-            assignment = assignment.mT  # [G, K, T]: all first choices stand before any second
-        line = assignment.flatten(1)  # [G, T*K], the assignments in the order of the line
-        expert = expert_index.flatten(1).gather(1, line)
-        wants = expert[..., None] == torch.arange(self.num_experts, device=device)  # [G, T*K, E]
+            line = [part.mT for part in line]  # [G, K, T]: first choices stand before second
+        token, expert, weight = (part.flatten(1) for part in line)  # [G, N], N = T * K
+        wants = expert[..., None] == torch.arange(self.num_experts, device=device)  # [G, N, E]
         C, filled = self.room(wants, T)
-        place = queue(wants, C).flatten(1)  # [G, E*C], in the line; T*K where a slot is empty
-        in_slot = F.pad(line, (0, 1), value=T * K).gather(1, place)  # assignments; T*K if empty
-        weight = F.pad(weight.flatten(1), (0, 1)).gather(1, in_slot)
-        shape = G, self.num_experts, C
-        index, weight = (in_slot // K).view(shape), weight.view(shape)
+        place = queue(wants, C)  # [G, E, C], in the line; N where a slot is empty
+        index = F.pad(token, (0, 1), value=T).gather(1, place.flatten(1)).view_as(place)
+        weight = F.pad(weight, (0, 1)).gather(1, place.flatten(1)).view_as(place)
         load = wants.sum((0, 1)).to(weight.dtype) / max(1, G * T * K)
         return HardRouting(index, weight, T, load, filled=filled, expert_index=expert_index)
 
@@ -542,9 +548,9 @@ class TokenChoice(Router):
             return C, None
         if torch.compiler.is_compiling():
             return tokens, None  # a compiled graph knows no loads: room for every token
-        wanted = wants.sum(1).cpu()  # [G, E], how many want each expert; waits for the device
-        longest = int(wanted.max()) if len(wanted) else 1
-        return longest, wanted.sum(0).tolist()
+        asked = wants.sum(1).cpu()  # [G, E], how many want each expert; waits for the device
+        longest = int(asked.max()) if len(asked) else 1
+        return longest, asked.sum(0).tolist()
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -567,8 +573,8 @@ class SinkhornTokenChoice(TokenChoice):
     causal = False  # a plan balances over all tokens
 
     def scores(self, logits, noisy):
-        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
-        return self.by_plan(plan, noisy, logits.softmax(-1))  # gates without noise, as published
+        gates = logits.softmax(-1)  # without noise, as published
+        return self.by_plan(gates, sinkhorn_plan, noisy, self.options.iterations)
 
 
 class SparseTokenChoice(TokenChoice):
@@ -589,7 +595,7 @@ class SparseTokenChoice(TokenChoice):
             return sparse_plan(z.mT, self.options.top_k, self.options.iterations, column_sum=1.0).mT
 
         gates = logits.softmax(-1)
-        return self.by_plan(plan, gates, gates)
+        return self.by_plan(gates, plan, gates)
 
 
 class Sigmoid(TokenChoice):
@@ -604,10 +610,6 @@ class Sigmoid(TokenChoice):
     defaults = TokenChoice.defaults | dict(bias_rate=1e-3)
     del defaults["renormalize"], defaults["noise_std"]
     recipe = dict(capacity_factor=None, balance="bias")
-
-    def __init__(self, dim, num_experts, **options):
-        super().__init__(dim, num_experts, **options)
-        self.options.renormalize = self.options.top_k > 1  # no option: as said above
 
     def probabilities(self, logits):
         return F.logsigmoid(logits).softmax(-1)  # s / sum s, also where every s underflows
@@ -645,8 +647,10 @@ class Hash(TokenChoice):
             key = torch.arange(T, device=x.device).expand(G, T)
         if key.shape != (G, T):
             raise ValueError(f"key must be [G, T] = {[G, T]}, got {list(key.shape)}")
-        known = key.clamp(0, len(self.table) - 1)  # the key itself, if it is in the table
-        first = torch.where(key == known, self.table[known], key % E)  # [G, T]
+        key = key.long()  # of any integer type
+        inside = (key >= 0) & (key < len(self.table))
+        known = self.table[key.clamp(0, len(self.table) - 1)]
+        first = torch.where(inside, known, key % E)  # [G, T]
         expert_index = (first[..., None] + torch.arange(K, device=x.device)) % E  # [G, T, K]
         weight = x.new_full((G, T, K), 1 / K, dtype=torch.promote_types(x.dtype, torch.float32))
         return self.seat(expert_index, weight)
@@ -680,8 +684,8 @@ class SinkhornExpertChoice(ExpertChoice):
     defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
 
     def scores(self, logits, noisy):
-        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
-        return self.by_plan(plan, noisy, noisy.softmax(-1))  # gates with noise, as published
+        gates = noisy.softmax(-1)  # with noise, as published
+        return self.by_plan(gates, sinkhorn_plan, noisy, self.options.iterations)
 
 
 class SparseExpertChoice(ExpertChoice):
@@ -691,18 +695,17 @@ class SparseExpertChoice(ExpertChoice):
     del defaults["noise_std"]
 
     def scores(self, logits, noisy):
-        C = self.capacity(logits.shape[1])
-        gates = logits.softmax(-1)
-        plan = functools.partial(sparse_plan, k=C, iterations=self.options.iterations)
-        return self.by_plan(plan, gates, gates)
+        C, gates = self.capacity(logits.shape[1]), logits.softmax(-1)
+        return self.by_plan(gates, sparse_plan, gates, C, self.options.iterations)
 
 
 class ExpertThreshold(Router):
     """A token goes to every expert whose gate reaches that expert's threshold (2603.11535).
 
     Expert choice made causal: update() keeps the threshold at a running mean of the (1 - K/E)
-    quantile of the gates in a group, so that a token meets K experts on average. It starts at 1/E.
-    Tokens queue by position for C = ceil(2*T*K*cf / E) slots, at most T.
+    quantile of the gates in a group, so that a token of groups that are alike meets K experts on
+    average. It starts at 1/E. Tokens queue by position for C = ceil(2*T*K*cf / E) slots, at most T.
+    Differs: the paper takes one quantile of all tokens, which many processes could not share.
     """
 
     chooses = "threshold"
@@ -712,7 +715,8 @@ class ExpertThreshold(Router):
 
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
-        self.register_buffer("threshold", torch.full((num_experts,), 1 / num_experts))
+        start = torch.full((num_experts,), 1 / num_experts, dtype=at_least_float32())
+        self.register_buffer("threshold", start)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def route(self, x, key=None):
@@ -724,12 +728,11 @@ class ExpertThreshold(Router):
         weight = F.pad(noisy_gates.mT, (0, 1)).gather(2, index)
         load = wants.sum((0, 1)) / wants.sum().clamp(min=1)
         gates, losses = self.probabilities(logits), {"z": z_loss(logits)}
-        routing = HardRouting(index, weight, T, load, losses, logits=logits, gates=gates)
-        share = 1 - self.options.top_k / self.num_experts
-        routing.quantile = self.threshold  # for an empty batch
-        if G > 0:
-            routing.quantile = noisy_gates.detach().quantile(share, dim=1).mean(0)  # [E]
-        return routing
+        quantile, share = self.threshold, 1 - self.options.top_k / self.num_experts
+        if G > 0:  # of an empty batch, the threshold stays
+            quantile = noisy_gates.detach().quantile(share, dim=1).mean(0)  # [E]
+        notes = dict(logits=logits, gates=gates, quantile=quantile)
+        return HardRouting(index, weight, T, load, losses, **notes)
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -747,22 +750,22 @@ class Soft(Router):
 
     phi [D, E, C] is a direction for each slot. scale is learned and sharpens all mixes. As
     published it starts at 1, where mixes are almost uniform; for a short training 10 is better.
-    C is the option slots, or round(T*K*cf / E) with T from the option tokens. Never causal. Its
+    C is the option slots, or round(T*K*cf / E) with T = tokens. Never causal. Its
     logits are [G, T, E, C], its gates [G, T, E*C].
     """
 
     chooses = None
     offers = ()
-    defaults = dict(top_k=1, capacity_factor=1.0, slots=None, tokens=None, scale=1.0)
+    defaults = dict(top_k=1, capacity_factor=1.0, slots=None, scale=1.0)
 
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
         o = self.options
         if o.slots is None:
-            if o.tokens is None:
+            if self.tokens is None:
                 rule = "soft needs slots, or the tokens of a group to count them from"
                 raise ValueError(f"{rule}, got slots=None")
-            wanted = o.tokens * o.top_k * o.capacity_factor / num_experts
+            wanted = self.tokens * o.top_k * o.capacity_factor / num_experts
             o.slots = max(1, round(min(wanted, 2.0**31)))
         self.phi = nn.Parameter(torch.empty(dim, num_experts, o.slots))
         nn.init.normal_(self.phi, std=dim**-0.5)
@@ -813,7 +816,7 @@ class Experts(nn.Module):
         return torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
 
     def forward(self, slots):
-        """slots [G, E, C, D] -> [G, E, C, D]; or n*D wide: n vectors in a slot, each on its own."""
+        """slots [G, E, C, D] -> [G, E, C, D]; of a sequence routed whole, n*D wide: n vectors."""
         G, E, C, width = slots.shape
         z = slots.transpose(0, 1).reshape(E, -1, self.dim)
         return self.expert(z, *self.parameters()).view(E, G, C, width).transpose(0, 1)
@@ -841,7 +844,7 @@ class MoE(nn.Module):
     """The layer: route, dispatch, let the experts work, combine.
 
     experts  any module on slots [G, E, C, D] that treats each slot by itself, such as Experts;
-             empty slots hold some token, whose output weighs nothing
+             empty slots hold 0, and their output weighs nothing
     shared   None, or a module on [..., D] that every token passes beside the routed experts: N
              shared experts are an FFN N times as wide (DeepSeekMoE, 2401.06066)
     """
@@ -849,6 +852,12 @@ class MoE(nn.Module):
     def __init__(self, router, experts, shared=None):
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
+        if isinstance(experts, Experts):
+            count = len(next(experts.parameters()))
+            wanted, got = (router.num_experts, router.dim), (count, experts.dim)
+            if wanted != got:
+                rule = "router and experts must agree in num_experts and dim"
+                raise ValueError(f"{rule}, got {wanted} and {got}")
 
     def forward(self, x, key=None, routing=None):
         """x [G, T, D], key [G, T] or None -> y like x, and its Routing, the given one if any.
@@ -915,11 +924,9 @@ def order_of_epoch(seed, epoch, count):
 
 def rows_of_step(seed, step, size, count):
     """Which of `count` examples are the batch of a step: epoch by epoch, each in a fresh order."""
-    place = torch.arange(step * size, (step + 1) * size)
-    rows = []
-    for epoch in (place // count).unique().tolist():
-        rows.append(order_of_epoch(seed, epoch, count)[place[place // count == epoch] % count])
-    return torch.cat(rows)
+    epoch, start = divmod(step * size, count)
+    this, after = (order_of_epoch(seed, epoch + i, count) for i in (0, 1))
+    return torch.cat([this[start : start + size], after[: max(0, start + size - count)]])
 
 
 def send(tensor, device):
@@ -930,7 +937,9 @@ def send(tensor, device):
 
 
 def color(place, count, lightness=None):
-    """(red, green, blue) of one of so many experts; neighbours differ in lightness too."""
+    """(red, green, blue) of expert `place` of `count`; grey where place is count: no expert."""
+    if place == count:
+        return 200, 200, 200
     if lightness is None:
-        lightness = 0.45 + 0.25 * (place % 2)
+        lightness = 0.45 + 0.25 * (place % 2)  # neighbours differ in it too
     return tuple(round(255 * part) for part in colorsys.hls_to_rgb(place / count, lightness, 0.8))

@@ -32,7 +32,6 @@ import ctypes
 import datetime
 import gc
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -44,9 +43,11 @@ import re
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
+from html import escape
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,11 +62,10 @@ from tqdm import tqdm
 
 import moe_tokens
 import moe_vision
-import routers
 from routers import CHOICES, ROUTERS, Experts, MoE, Routing, build_router, color, seeded
 
-# A task is a module: SETTINGS, SIZES, SPLITS, ..., moe_blocks, settle, unused, columns and load, in
-# the order of moe_vision.py. load() gives the data, whose methods build the model, batch and judge.
+# A task is a module: SETTINGS, SIZES, SPLITS, EXAMINED, UNIT, MORE_IS_BETTER, moe_blocks, settle,
+# unused, columns, load. load() gives the data, whose methods build the model, batch and judge.
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
 BALANCE = {  # --balance: the losses it weighs
     "none": {},
@@ -74,7 +74,7 @@ BALANCE = {  # --balance: the losses it weighs
     "bias": {},
 }
 
-# What settings ask of a router; dense is none, and has K alone, for its width.
+# What settings ask of a router; dense is none, but takes top_k, which sets its width.
 ROUTER_KINDS = {"dense": SimpleNamespace(defaults={"top_k": 1}, recipe={}, offers=())} | ROUTERS
 
 # ---------------------------------------------------------------- settings
@@ -120,7 +120,6 @@ SETTINGS = {
 OPTIONS = {}  # the routers' options: a router added to ROUTERS brings its own
 for kind in ROUTERS.values():
     OPTIONS |= kind.defaults
-del OPTIONS["tokens"]  # the model knows it
 SAMPLING = {  # with --sample
     "prompt": ("text", "", "text to go on from"),
     "max_new_tokens": ("whole", 200, "tokens to write"),
@@ -158,7 +157,7 @@ def run(said, folder=None, resume=False):
     gflops = measure_flops(settings, data, model)
     optimizer = make_optimizer(settings, model, device)
 
-    with Record(settings, said, folder) as record:
+    with Record(settings, said, data.about, folder, resume) as record:
         step = record.restore(model, optimizer) if resume else 0
         record.begin(data, device)
         print(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
@@ -200,15 +199,16 @@ def run(said, folder=None, resume=False):
 def settle(said):
     """Every setting of a run, from those said; ValueError where they clash or have no effect.
 
-    filled() gives each its value; unused(), check() and the task's own settle() hold them together.
+    filled() gives each its value; unused(), complete() and the task's own settle() hold them to
+    the rules.
     """
     settings = filled(said)
     default = filled(dict(task=settings.task, router=settings.router, size=settings.size))
     for name, why in unused(said).items():
-        # To say the default of a setting without effect does no harm.
+        # To say the default of a setting without effect does no harm; another task's has none here.
         if not hasattr(default, name) or said[name] != getattr(default, name):
             raise ValueError(why)
-    check(settings, said)
+    complete(settings, said)
     router = None
     if settings.router != "dense":
         with torch.device("meta"):  # no memory is taken: the task only asks what it is
@@ -223,28 +223,29 @@ def filled(said):
     values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
     chosen = values | said  # which router, which size
     kind = ROUTER_KINDS[chosen["router"]]
-    values |= task.SIZES[chosen["size"]] | options_of(kind)
+    values |= task.SIZES[chosen["size"]] | kind.defaults
     values |= {name: value for name, value in kind.recipe.items() if name in values}
     if said.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     return SimpleNamespace(**(values | said))
 
 
-def options_of(kind):
-    """{option: default} of the flags of a kind of router."""
-    return {name: default for name, default in kind.defaults.items() if name in OPTIONS}
-
-
 def unused(said):
     """{setting said: why it has no effect here}. A run refuses it, a grid leaves it out."""
     settings = filled(said)
     name, task = settings.router, TASKS[settings.task]
-    options, offered = options_of(ROUTER_KINDS[name]), ROUTER_KINDS[name].offers
-    found = {}  # also of settings that were not said; the last line leaves them out
+    options, offered = ROUTER_KINDS[name].defaults, ROUTER_KINDS[name].offers
+    found = {}  # {setting without effect: why}, said or not
     if name == "dense":
         found["expert_init"] = "--expert-init is for experts; --router dense has none"
     else:
         found["dense_match"] = f"--dense-match is for --router dense, not {name}"
+    if getattr(settings, "capacity_factor", 1) is None:
+        found["priority"] = "--priority orders the line for slots; dropless, every token gets one"
+    if getattr(settings, "slots", None):
+        found["capacity_factor"] = "--capacity-factor counts slots, which --slots does"
+    if settings.balance != "switch":
+        found["balance_scope"] = "--balance-scope is for the loss of --balance switch"
     offers = f"; it offers {', '.join(offered)}" if offered else ""
     for setting in said:
         if setting in OPTIONS and setting not in options:
@@ -269,8 +270,8 @@ def unused(said):
     return {setting: why for setting, why in found.items() if setting in said}
 
 
-def check(settings, said):
-    """ValueError for settings that clash, on any task; fills in those that follow from others."""
+def complete(settings, said):
+    """Fill in the settings that follow from others, on any task; ValueError where some clash."""
     s = settings
     if s.dim % s.heads:
         raise ValueError(f"--heads must divide --dim, got --heads {s.heads} and --dim {s.dim}")
@@ -284,9 +285,11 @@ def check(settings, said):
             raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
         experts = s.top_k
         if s.dense_match == "total":
-            experts, s.top_k = s.experts, None  # a grid over K runs this once
+            experts = s.experts
+            del s.top_k  # without effect: a grid over it would train the same model again
         s.width = s.hidden * (experts + s.shared)  # of the dense FFN
-        s.experts = s.shared = None  # a grid over these runs equal widths once
+        del s.experts, s.shared  # of them the width alone has an effect
+    # A bias moves under --balance bias, or at a --bias-rate that was said.
     if s.balance == "bias" and not s.bias_rate:
         if "bias_rate" in said:
             raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
@@ -302,10 +305,10 @@ def make_router(settings, tokens=1):
     """The router of these settings, for groups of so many tokens."""
     options = {}
     for name in ROUTERS[settings.router].defaults:
-        value = tokens if name == "tokens" else getattr(settings, name)
+        value = getattr(settings, name)
         if value is not None or name == "capacity_factor":
             options[name] = value
-    return build_router(settings.router, settings.dim, settings.experts, **options)
+    return build_router(settings.router, settings.dim, settings.experts, tokens=tokens, **options)
 
 
 def pick_device(settings):
@@ -352,7 +355,7 @@ def check_memory(settings, data, model, device):
         return  # unknown
     examples = settings.batch_size // settings.grad_accum // processes()[1]
     count = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
-    count += examples * data.tokens * settings.dim * 4 * settings.depth
+    count += examples * data.tokens * settings.dim * 4 * settings.depth  # of a block at least four
     for moe in moes(model):
         slots = moe.router.num_experts * (moe.router.capacity(data.tokens) or 1)
         count += 2 * examples * slots * settings.hidden
@@ -364,12 +367,12 @@ def check_memory(settings, data, model, device):
 
 @torch.no_grad()
 def measure_flops(settings, data, model):
-    """GFLOPs of one example's forward."""
+    """GFLOPs of one example's forward; labels that do not fit it fail here, not after training."""
     batch = next(iter(data.split(TASKS[settings.task].SPLITS[0])))
     one = {name: value[:1] for name, value in batch.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, _, routings = data.loss(model, one)
-    examine(data, one, 0, routings)  # labels that do not fit fail here, not after training
+    examine(data, one, 0, routings)
     return counter.get_total_flops() / 1e9
 
 
@@ -395,14 +398,6 @@ def make_optimizer(settings, model, device):
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
 
 
-def learning_rate(settings, step):
-    warm = max(1, round(settings.warmup * settings.steps))
-    if step < warm or settings.schedule == "constant":
-        return settings.lr * min(1, (step + 1) / warm)
-    done = (step - warm) / max(1, settings.steps - warm)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
 def train_step(settings, data, model, optimizer, step):
     """One optimiser step: forward and backward of each part of the batch, clip, step, update.
 
@@ -425,10 +420,8 @@ def train_step(settings, data, model, optimizer, step):
         with precision(settings, data.device), model.no_sync() if more else nullcontext():
             loss, counts, routings = data.loss(model, batch)
             objective, of_routers = loss, {}
-            # Blocks that share a router share its routing: it counts once.
-            by_router = {moe.router: r for moe, r in zip(moes(model), routings.values())}
-            for router, routing in by_router.items():
-                routed.setdefault(router, []).append(routing)
+            for routing in dict.fromkeys(routings.values()):  # blocks may share one: it counts once
+                routed.setdefault(routing.router, []).append(routing)
                 add(of_routers, routing.losses)
             for name, value in of_routers.items():
                 if loss_weights.get(name):
@@ -436,8 +429,8 @@ def train_step(settings, data, model, optimizer, step):
                 add(losses, {name: value.detach() / len(parts)})
         (objective / len(parts)).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
-    for moe, routing in zip(moes(model), routings.values()):
-        gradients = [p.grad for p in moe.router.parameters() if p.grad is not None]
+    for routing in routings.values():
+        gradients = [p.grad for p in routing.router.parameters() if p.grad is not None]
         routing.router_gradient = nn.utils.get_total_norm(gradients)
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     sums = total(sums, data.device)
@@ -452,6 +445,14 @@ def train_step(settings, data, model, optimizer, step):
         router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
     losses["grad_norm"] = norm
     return SimpleNamespace(sums=sums, losses=losses, routings=routings)
+
+
+def learning_rate(settings, step):
+    warm = max(1, round(settings.warmup * settings.steps))
+    if step < warm or settings.schedule == "constant":
+        return settings.lr * min(1, (step + 1) / warm)
+    done = (step - warm) / max(1, settings.steps - warm)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def precision(settings, device):
@@ -520,20 +521,19 @@ def conclude(settings, data, model, device):
 def evaluate(settings, data, model, split):
     """Metrics over a whole split, without noise and the routers' losses; and its blocks' signs."""
     model.eval()
-    sums, loads, signs, examples = {}, {}, {}, 0
+    sums, blocks, examples = {}, {}, 0
     for batch in tqdm(data.split(split), f"evaluating on {split}", leave=False, dynamic_ncols=True):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
         add(sums, numbers(counts | {"loss": loss * counts["count"]}))
         size = len(next(iter(batch.values())))  # the last batch may be smaller
-        for block, of_block in statistics(routings).items():
-            add(signs.setdefault(block, {}), {name: size * n for name, n in of_block.items()})
-            add(loads, {block: size * routings[block].load})
+        for block, signs in statistics(routings).items():
+            signs["load"] = routings[block].load  # [E], for the evenness of the whole split
+            add(blocks.setdefault(block, {}), {name: size * sign for name, sign in signs.items()})
         examples += size
-    blocks = {}
-    for block, of_block in signs.items():
-        blocks[block] = {name: value / examples for name, value in of_block.items()}
-        blocks[block] |= evenness(loads[block])  # of the whole split
+    for block, signs in blocks.items():
+        means = {name: value / examples for name, value in signs.items()}
+        blocks[block] = means | evenness(signs["load"])
     metrics = numbers(data.metrics(sums))
     if not math.isfinite(metrics["loss"]):
         raise FloatingPointError(f"the evaluation: loss {metrics['loss']} on {split}")
@@ -577,7 +577,7 @@ def parameters(model, data):
 
 def tell(settings, data, model, summary, joints):
     """Print what a run found."""
-    print(table([{"router": title(settings), **row([summary], TASKS[settings.task])}]))
+    print(table([{"router": title(settings), **row([cells(summary, TASKS[settings.task])])}]))
     rows = []
     for block, labels in summary["specialisation"].items():
         for label, values in labels.items():
@@ -613,24 +613,19 @@ DECIMALS |= dict.fromkeys(("vocabulary", "parameters", "active", "seconds"), 0)
 DECIMALS |= dict.fromkeys(("images/s", "sequences/s"), 0)
 DECIMALS |= dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2)
 DECIMALS |= dict.fromkeys(("bits/byte", "dropless", "as generated"), 3)
-KNOWN = ("patch kind", "class", "tile", "shape", "position", "token class", "topic")
 
 
-def row(summaries, task, known=False):
-    """A row of the table, {column: text}: mean ± deviation over the runs of one setting.
-
-    known: also what experts know of labels, NMI less its null's mean, the mean of the blocks.
-    """
-    of_runs = [cells(summary, task, known) for summary in summaries]
+def row(of_runs):
+    """A row of the table, {column: text}: mean ± deviation over the cells of runs of one setting."""
     texts = {}
-    for name in of_runs[0]:
-        values = [found[name] for found in of_runs]
+    for name in dict.fromkeys(itertools.chain(*of_runs)):
+        values = [found.get(name) for found in of_runs]
         decimals = 3 if name.startswith("NMI") else DECIMALS.get(name, 1)
         texts[name] = spell_cell(values, decimals)
     return texts
 
 
-def cells(summary, task, known):
+def cells(summary, task):
     """{column: number, list of one number a block, (mean, deviation), or None} of one run."""
     blocks = summary[task.SPLITS[-1]]["blocks"].values()
     found = task.columns(summary)
@@ -642,13 +637,16 @@ def cells(summary, task, known):
     found[f"{task.UNIT}/s"] = summary[f"{task.UNIT}_per_second"]
     found["first step s"] = summary.get("first_step_seconds")
     found["seconds"] = summary["seconds"]
-    for label in KNOWN if known else ():
-        values = []
-        for labels in summary["specialisation"].values():
-            if label in labels:
-                values.append(labels[label][0] - labels[label][1])
-        found[f"NMI {label}"] = float(np.mean(values)) if values else None
     return found
+
+
+def knowledge(summary):
+    """{column: what experts know of a label}: NMI less its null's mean, the mean of the blocks."""
+    found = {}
+    for labels in summary["specialisation"].values():
+        for label, (value, by_chance, _) in labels.items():
+            found.setdefault(f"NMI {label}", []).append(value - by_chance)
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def spell_cell(values, decimals):
@@ -675,8 +673,8 @@ def deviation(values):
 def table(rows):
     """Rows of {column: text} as Markdown, columns aligned; none in which nothing stands."""
     columns = []
-    for name in rows[0]:
-        texts = [line[name] for line in rows]
+    for name in dict.fromkeys(itertools.chain(*rows)):
+        texts = [line.get(name, "-") for line in rows]
         if set(texts) != {"-"}:
             width = max(map(len, [name, *texts]))
             columns.append([text.ljust(width) for text in (name, "-" * width, *texts)])
@@ -686,47 +684,52 @@ def table(rows):
 def results(folder):
     """One table of all finished runs below a folder; results.md and report.html go there."""
     runs, notes = finished(folder)
-    kinds = sorted({f"{done.settings.task} {getattr(done.settings, 'head', '')}" for done in runs})
-    if len(kinds) != 1:
-        why = "no finished run (a folder with a summary.json) lies there"
-        if kinds:
-            why = f"holds runs of several tasks: {', '.join(map(str.strip, kinds))}"
-        raise ValueError("; ".join([f"--table {folder}: {why}", *notes[:3]]))
+    if not runs:
+        why = f"--table {folder}: no finished run (a folder with a summary.json) lies there"
+        raise ValueError("; ".join([why, *notes[:3]]))
+    one_task(folder, [done.settings for done in runs])
     task = TASKS[runs[0].settings.task]
     groups = {}
     for done in runs:  # the runs of one setting, one of each seed
         key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
         of_seed = groups.setdefault(json.dumps(key, sort_keys=True), {})
-        if done.settings.seed in of_seed:
-            twin = of_seed[done.settings.seed]
-            notes.append(f"Left out, of the same settings and seed as {twin.name}: {done.name}")
-        else:
-            of_seed[done.settings.seed] = done
+        first = of_seed.setdefault(done.settings.seed, done)
+        if first is not done:
+            notes.append(f"Left out, of the same settings and seed as {first.name}: {done.name}")
     axes = axes_of(runs)
     entries = []
     for of_seed in groups.values():
         group = list(of_seed.values())
-        first, summaries = group[0], [done.summary for done in group]
+        first = group[0]
         texts = {"router": title(first.settings)}
         texts |= {name: spell_setting(first, name) for name in axes}
+        texts["recipe"] = recipe(first.settings, axes)
         name = " ".join(text for text in texts.values() if text != "-")  # in the picture's legend
         entry = SimpleNamespace(name=name, runs=group)
-        texts |= {"recipe": recipe(first.settings, axes), "seeds": str(len(group))}
-        entry.texts = texts | row(summaries, task, known=True)
-        entry.scores = [score(summary, task) for summary in summaries]
+        texts["seeds"] = str(len(group))
+        texts["to the best"] = ""  # known only when all rows are
+        entry.texts = texts | row([done.cells for done in group])
+        entry.scores = [score(done.summary, task) for done in group]
         entries.append(entry)
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     compare(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
     same = []
     for name in ("task", "size", "data", "steps", "batch_size", "lr"):
         values = {spell_setting(done, name) for done in runs}
-        if len(values) == 1 and values != {"-"}:
+        if len(values) == 1 and not values & {"-", "none"}:
             same.append(f"{flag(name)} {values.pop()}")
     shown = table([entry.texts for entry in entries])
     shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
     save(pathlib.Path(folder) / "results.md", shown + "\n")
     save(pathlib.Path(folder) / "report.html", grid_page(entries, shown))
     print(shown)
+
+
+def one_task(folder, of_runs):
+    """ValueError if these settings of runs are not of one task, which a table needs."""
+    tasks = {f"{settings.task} {getattr(settings, 'head', '')}".strip() for settings in of_runs}
+    if len(tasks) > 1:
+        raise ValueError(f"{folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
 
 
 def finished(folder):
@@ -741,7 +744,7 @@ def finished(folder):
             done = SimpleNamespace(name=path.name, said=read_said(path))
             done.summary = json.loads(read_file(path, "summary.json"))
             done.settings, done.lines = settle(done.said), read_lines(path)
-            row([done.summary], TASKS[done.settings.task], known=True)  # raises if one is missing
+            done.cells = cells(done.summary, TASKS[done.settings.task]) | knowledge(done.summary)
             runs.append(done)
         except Exception as error:  # a damaged file fails in many ways; the rest is still a table
             notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
@@ -761,22 +764,18 @@ def axes_of(runs):
 
 
 def spell_setting(done, name):
-    """A run's setting as text; "-" where it has none, or where it means nothing."""
+    """A run's setting as text; "-" where it has none, or where to say it would mean nothing."""
     value = getattr(done.settings, name, None)
-    dropless = name == "capacity_factor" and hasattr(done.settings, name)
-    if name in unused(done.said | {name: value}) or (value is None and not dropless):
+    if not hasattr(done.settings, name) or name in unused(done.said | {name: value}):
         return "-"
     return spell(value)
 
 
 def recipe(settings, axes):
     """What the router's recipe set, as text: rows alike in all columns may differ by it."""
-    kind = ROUTERS.get(settings.router)
-    parts = []
-    for name in kind.recipe if kind else ():
-        if hasattr(settings, name) and name not in axes:
-            parts.append(f"{name} {spell(getattr(settings, name))}")
-    return ", ".join(parts) or "-"
+    recipe = ROUTER_KINDS[settings.router].recipe
+    names = [name for name in recipe if hasattr(settings, name) and name not in axes]
+    return ", ".join(f"{name} {spell(getattr(settings, name))}" for name in names) or "-"
 
 
 def compare(entries, task, digits):
@@ -794,7 +793,7 @@ def compare(entries, task, digits):
 
 
 def score(summary, task):
-    """By which rows are ranked, more is better: the first of the task's columns, else the loss."""
+    """By which rows are ranked: the first of the task's columns, else the loss; more is better."""
     value = next(iter(task.columns(summary).values()))
     if value is None:
         return -summary[task.SPLITS[-1]]["loss"]
@@ -840,26 +839,18 @@ def examine(data, batch, start, routings):
         for block, routing in routings.items():
             mass = routing.mass().float().cpu()
             mass = mass.reshape(B, -1, mass.shape[-1])
-            routed = mass.shape[1]  # in an example: T tokens, or one whole sequence
-            if routed not in (1, T):
+            places = mass.shape[1]  # in an example: T tokens, or one whole sequence
+            if places not in (1, T):
                 rule = f"labels of {T} tokens an example do not fit a routing"
-                raise ValueError(f"{rule} of {routed}")
+                raise ValueError(f"{rule} of {places}")
             of_label = None
-            if owner is not None:  # a sequence of many labels but one routing owns them itself
-                whole = routed < len(owner[0].unique())
+            if owner is not None:
+                # A sequence routed whole has one routing for many labels: it is their owner.
+                whole = places < len(owner[0].unique())
                 of_label = (sequence if whole else owner)[labelled]
             mass = mass.expand(B, T, -1)[labelled]
             found[block, name, tuple(names)] = mass, label[labelled], of_label
     return found
-
-
-def nmi(joint):
-    """Normalised mutual information I / sqrt(H H) of a joint mass [labels, E]; 0 if an H is 0."""
-    p = joint.double() / joint.sum()
-    labels, experts, both = (float(entr(q).sum()) for q in (p.sum(1), p.sum(0), p))
-    if min(labels, experts) <= 1e-12:
-        return 0.0
-    return (labels + experts - both) / math.sqrt(labels * experts)
 
 
 def nmi_and_null(mass, label, owner, draws=100):
@@ -877,13 +868,23 @@ def nmi_and_null(mass, label, owner, draws=100):
 
     def joint(order):
         """[labels, E] when owner o has the labels of owner order[o]."""
-        dealt = routed[order.argsort()[of_owner]] * share[:, None]
+        new_owner = order.argsort()  # the inverse: to whom an owner's labels go
+        dealt = routed[new_owner[of_owner]] * share[:, None]
         return routed.new_zeros(labels, routed.shape[1]).index_add(0, of_label, dealt)
 
     g = seeded("null")
     null = [nmi(joint(torch.randperm(len(owners), generator=g))) for _ in range(draws)]
     value = nmi(joint(torch.arange(len(owners))))
     return [value, float(np.mean(null)), float(np.quantile(null, 0.95))]
+
+
+def nmi(joint):
+    """Normalised mutual information I / sqrt(H H) of a joint mass [labels, E]; 0 if an H is 0."""
+    p = joint.double() / joint.sum()
+    labels, experts, both = (float(entr(q).sum()) for q in (p.sum(1), p.sum(0), p))
+    if min(labels, experts) <= 1e-12:
+        return 0.0
+    return max(0.0, labels + experts - both) / math.sqrt(labels * experts)
 
 
 # ================================================================ Later: the report page
@@ -911,6 +912,7 @@ MAPS_SHOW = """<p>In a row: the share of a label's tokens that each expert serve
 blue the most; a token in several slots is divided by its weights. Column “none”: those that no
 expert serves.</p>"""
 SIGNS = {  # headings; a sign that statistics() adds is drawn under its own name
+    "grad_norm": "gradient norm",
     "load": "load max/mean: 1 is even",
     "dead": "experts without a token",
     "dropped": "share of tokens in no slot",
@@ -924,7 +926,8 @@ LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a pictur
 
 def report_page(settings, data, model, summary, joints, record):
     """The page of one run, HTML that needs no network."""
-    texts = {"data": data.about, "seed": settings.seed} | row([summary], TASKS[settings.task])
+    texts = {"data": data.about, "seed": str(settings.seed)}
+    texts |= row([cells(summary, TASKS[settings.task])])
     body = ["<div class=wide><table>"]
     for name, text in texts.items():
         if text != "-":
@@ -977,19 +980,14 @@ def smoothed(line, width=0.02):
 
 def health(lines):
     """Pictures of the loss, the gradient's norm and every sign of the blocks, step by step."""
-    pictures = []
-    for name, heading in ("loss", "loss"), ("grad_norm", "gradient norm"):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        pictures.append(curves(heading, {"": points}))
-    drawn = {}  # {sign: {block: points}}
+    drawn = {}  # {sign: {name of its line: points}}
     for line in lines:
-        for block, signs in line.get("blocks", {}).items():
+        groups = {"": {name: line[name] for name in ("loss", "grad_norm") if name in line}}
+        groups |= {f"block {block}": signs for block, signs in line.get("blocks", {}).items()}
+        for name, signs in groups.items():
             for sign, value in signs.items():
-                by_block = drawn.setdefault(sign, {})
-                by_block.setdefault(f"block {block}", []).append((line["step"], value))
-    for sign, by_block in drawn.items():
-        pictures.append(curves(SIGNS.get(sign, sign), by_block, LIMITS.get(sign, ())))
-    return pictures
+                drawn.setdefault(sign, {}).setdefault(name, []).append((line["step"], value))
+    return [curves(SIGNS.get(sign, sign), drawn[sign], LIMITS.get(sign, ())) for sign in drawn]
 
 
 def curves(heading, lines, limits=(), width=350, height=210):
@@ -1047,7 +1045,7 @@ def heat_map(heading, joint, names):
     most = max(1e-9, float(share.max()))
     heads = [*map(str, range(share.shape[1] - 1)), "none"]
     parts = [f"<th>{head}" for head in ("", *heads)]
-    for name, values in zip(names, share.tolist()):
+    for name, values in zip(map(str, names), share.tolist()):
         parts.append(f"<tr><th>{escape(name)}")
         for head, value in zip(heads, values):
             style = f"background:rgba(8,48,107,{value / most:.2f})"
@@ -1064,10 +1062,6 @@ def svg_text(x, y, words, anchor="start", more=""):
 def hue(i, count):
     """The colour of line i of so many; a lone line is grey."""
     return "#444444" if count == 1 else "rgb{}".format(color(i, count, lightness=0.4))
-
-
-def escape(text):
-    return html.escape(str(text))
 
 
 def picture(folders, path, count=5):
@@ -1088,10 +1082,12 @@ VERSIONS["python"] = platform.python_version()
 class Record:
     """The folder of a run. As a context, it keeps other processes out of the folder."""
 
-    def __init__(self, settings, said, folder=None):
+    def __init__(self, settings, said, about, folder=None, resume=False):
+        """about: the data. resume: the folder holds a checkpoint to go on from."""
         self.settings, self.said = settings, said
+        self.made_by = VERSIONS | {"data": about}
         self.folder = pathlib.Path(folder or settings.out or fresh_folder(settings))
-        self.new = folder is None
+        self.new, self.resume = folder is None, resume
         self.writes = processes()[0] == 0
         self.lock = self.lines = None
         self.saved = self.end = 0  # the last checkpoint's step, and where metrics.jsonl ended
@@ -1105,14 +1101,17 @@ class Record:
             if self.new and any(self.folder.iterdir()):
                 raise ValueError(f"--out {self.folder} is not empty; choose another folder")
             self.lock = locked(self.folder)
+            if (self.folder / "checkpoint.pt").exists() and not self.resume:
+                os.close(self.lock)
+                raise ValueError(f"{self.folder}: another process has trained there meanwhile")
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, error_type, error, trace):
         if self.lines is not None:
             self.lines.close()
         if self.lock is not None:
             os.close(self.lock)
-        if kind is FloatingPointError:
+        if error_type is FloatingPointError:
             good = "no checkpoint was saved before"
             if self.saved:
                 good = f"the checkpoint of step {self.saved} in {self.folder} is the last good one"
@@ -1127,7 +1126,7 @@ class Record:
                 if had != value and name != "steps":
                     raise ValueError(f"it has {flag(name)} {had}, not {value}")
             self.saved, self.end = int(checkpoint["step"]), int(checkpoint["metrics_end"])
-            self.before, made_by = float(checkpoint["seconds"]), checkpoint["versions"]
+            self.before, made_by = float(checkpoint["seconds"]), checkpoint["made_by"]
             most = self.settings.steps
             if self.saved > most:
                 raise ValueError(f"it is of step {self.saved}, beyond --steps {most}")
@@ -1135,8 +1134,8 @@ class Record:
                 raise ValueError("metrics.jsonl is shorter than at the checkpoint")
             model.load_state_dict(checkpoint["model"])
             load_optimizer(optimizer, checkpoint["optimizer"])
-        if made_by != VERSIONS:
-            note = f"the checkpoint is of {made_by}, this is {VERSIONS}"
+        if made_by != self.made_by:
+            note = f"the checkpoint is of {made_by}, this is {self.made_by}"
             print(f"{note}: it goes on, not bit for bit", file=sys.stderr)
         return self.saved
 
@@ -1147,6 +1146,8 @@ class Record:
             return
         if self.saved < self.settings.steps:
             (self.folder / "summary.json").unlink(missing_ok=True)
+        for part in self.folder.glob("*.part"):  # of a process killed while it wrote
+            part.unlink()
         for name, content in data.files().items():
             save(self.folder / name, content)
         config = {"said": self.said, "settings": vars(self.settings), "device": device.type}
@@ -1168,7 +1169,7 @@ class Record:
             content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             os.fsync(self.lines.fileno())  # before a checkpoint that counts on these lines
             content |= {"step": step, "metrics_end": self.lines.tell(), "seconds": self.seconds()}
-            content |= {"settings": of_result(self.settings), "versions": VERSIONS}
+            content |= {"settings": of_result(self.settings), "made_by": self.made_by}
             save(self.folder / "checkpoint.pt", content)
         self.saved = step
 
@@ -1233,7 +1234,7 @@ def save(path, content):
         raw.write(content.encode("utf-8", "replace"))
     else:
         raw.write((json.dumps(content, indent=1) + "\n").encode())
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may write the same file
     try:
         with open(part, "wb") as file:
             file.write(raw.getbuffer())
@@ -1283,6 +1284,8 @@ def read_said(folder):
     raw = read_file(folder, "config.json")
     with reading(folder, "is no run: config.json does not hold its settings"):
         said = json.loads(raw)["said"]
+        if "help" in said:
+            raise ValueError("it holds more than the settings of a run")
         words = []
         for name, value in said.items():
             if isinstance(value, bool):
@@ -1325,8 +1328,8 @@ def read_lines(folder):
     for text in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
         with suppress(ValueError, RecursionError):
             line = json.loads(text)
-            if isinstance(line, dict) and "split" not in line and isinstance(line.get("step"), int):
-                lines.append(line)
+            if isinstance(line, dict) and isinstance(line.get("grad_norm"), float):
+                lines.append(line)  # an evaluation has no gradient
     return lines
 
 
@@ -1372,13 +1375,9 @@ def process_group():
     # A timeout of hours: in a grid, the others wait while process 0 evaluates a run.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    # All that routers.py needs to know of other processes.
-    alone = routers.draw_noise, routers.mean_over_processes
-    routers.draw_noise, routers.mean_over_processes = whole_noise, mean_over_processes
     try:
         yield
     finally:
-        routers.draw_noise, routers.mean_over_processes = alone
         dist.destroy_process_group()
 
 
@@ -1414,19 +1413,6 @@ def total(values, device, divisor=1):
     return dict(zip(values, vector / divisor))
 
 
-def mean_over_processes(value):
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / processes()[1]
-
-
-def whole_noise(logits):
-    """Of the noise of the whole batch, drawn alike everywhere, this process's part."""
-    rank, size = processes()
-    whole = logits.new_empty(size * len(logits), *logits.shape[1:])
-    return torch.randn_like(whole).chunk(size)[rank]
-
-
 # ================================================================ Later: grids
 def grid(lists):
     """Every combination of lists, {setting: [values]}: a run folder each, below --out.
@@ -1443,6 +1429,8 @@ def grid(lists):
     task = lists.get("task", [SETTINGS["task"][1]])[0]
     out = pathlib.Path(lists.get("out", [f"runs/grid-{task}"])[0])
     runs = grid_runs(lists, every)
+    here = [done.settings for done in finished(out)[0]]
+    one_task(out, here + [settle(cell) for _, cell in runs.values()])
     out.mkdir(parents=True, exist_ok=True)
     status = 0
     for code, (name, cell) in tqdm(runs.items(), desc="grid", dynamic_ncols=True):
@@ -1454,7 +1442,10 @@ def grid(lists):
         except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
             if dist.is_initialized():
                 raise  # perhaps in this process alone: the others must not wait for it
-            print(f"{folder} failed: {one_line(error)}", file=sys.stderr)
+            why = explain(error)
+            if why is None:
+                traceback.print_exc()
+            print(f"{folder} failed: {why or one_line(error)}", file=sys.stderr)
             ended = 1
         gc.collect()  # a model and its data hold each other
         if ended > 128:
@@ -1474,33 +1465,36 @@ def grid_runs(lists, every):
     """
     axes = [name for name, values in lists.items() if len(values) > 1]
     runs, failed = {}, []
-    meant, idle = set(), {}  # settings that mean something in some cell, and why in others not
+    useful, useless = set(), {}  # settings with an effect in some cell; why others have none
     for values in itertools.product(*lists.values()):
         cell = dict(zip(lists, values))
-        here = unused(cell)
-        idle |= here
-        cell = {name: value for name, value in cell.items() if name not in here}
+        idle = unused(cell)
+        useless |= idle
+        cell = {name: value for name, value in cell.items() if name not in idle}
         try:
             settings = settle(cell)
         except ValueError as error:
-            failed.append(f"{filled(cell).router}: {error}")
+            why = f"{filled(cell).router}: {error}"
+            if every and why not in failed:  # once for all its seeds
+                print(f"left out: {why}")
+            failed.append(why)
             if every:
-                print(f"left out: {failed[-1]}")
                 continue
             at = " ".join(f"{flag(name)} {spell(cell[name])}" for name in axes if name in cell)
             raise ValueError(f"{at}: {error}") from None
-        meant |= set(cell)
+        useful |= set(cell)
         config = json.dumps(of_result(settings), sort_keys=True)
         code = hashlib.sha256(config.encode()).hexdigest()[:8]
         parts = [settings.router]
         for name in axes:
             if name in cell and name not in ("router", "seed"):
                 parts.append(f"{flag(name)[2:]}_{spell(cell[name])}".replace("/", "_"))
-        runs[code] = "-".join([*parts, f"seed_{settings.seed}"]), cell
+        name = "-".join([*parts, f"seed_{settings.seed}"])
+        runs[code] = name[:120], cell  # file systems limit names; the code tells them apart
     if not runs:
         raise ValueError(f"no router takes these settings; {failed[0]}")
-    for name, why in idle.items():
-        if name not in meant:
+    for name, why in useless.items():
+        if name not in useful:
             raise ValueError(why)
     return runs
 
@@ -1525,9 +1519,19 @@ def bench(said):
     if b.out:
         open(b.out, "ab").close()  # fails now rather than after all the timing
     b.device = pick_device(b)
+    names = list(ROUTERS) if b.router == "all" else [b.router]
+    for option in said:
+        if option in OPTIONS and not any(option in ROUTERS[name].defaults for name in names):
+            raise ValueError(f"{flag(option)} is no option of --router {b.router}")
     measured, rows = [], []
-    for name in ROUTERS if b.router == "all" else [b.router]:
-        measured.append(bench_router(b, name, said))
+    for name in names:
+        try:
+            measured.append(bench_router(b, name, said))
+        except ValueError as error:
+            if b.router != "all":
+                raise
+            print(f"left out: {name}: {error}")
+            continue
         ms, ratio, kept = measured[-1]["ms"], measured[-1]["ratio"], measured[-1]["MiB"]
         line = {"router": name, "ms": f"{ms['layer']:.1f}"}
         for what in "dense", "bare experts", "tensor form":
@@ -1546,27 +1550,21 @@ def bench_router(b, name, said):
     """Times of one router's layer and of what it is held against; ms are medians of the rounds."""
     known = ROUTERS[name].defaults
     options = {option: value for option, value in said.items() if option in known}
-    if "tokens" in known:
-        options["tokens"] = b.group_size
-    router = build_router(name, b.dim, b.experts, **options)
+    router = build_router(name, b.dim, b.experts, tokens=b.group_size, **options)
     moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(b.device)
     dense = ffn(b.dim, b.hidden).to(b.device)
     x = torch.randn(b.tokens // b.group_size, b.group_size, b.dim, device=b.device)
     with torch.no_grad():
         routing = moe(x)[1]
         G, E, C, D = routing.dispatch(x).shape
-    rows = sum(routing.filled) if getattr(routing, "filled", None) else G * E * C
-    layer = wrap(b, moe)
+    filled = sum(getattr(routing, "filled", None) or [G * E * C])
     slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
-
-    def run_layer(z):
-        return layer(z)[0]
 
     def tensor_form(z):
         routing = moe.router(z)
-        return Routing(*routing.tensors(), routing.load).run(z, moe.experts)
+        return Routing(*routing.tensors(), routing.load).run(z, moe.experts), routing
 
-    calls = {"layer": (run_layer, x), "dense": (dense, x.new_empty(rows, D).normal_())}
+    calls = {"layer": (wrap(b, moe), x), "dense": (dense, x.new_empty(filled, D).normal_())}
     calls["bare experts"] = moe.experts, slots
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
@@ -1602,13 +1600,178 @@ def timed(b, call, x):
     start = time.perf_counter()
     with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         y = call(x)
-    y.sum().backward()
+    (y[0] if isinstance(y, tuple) else y).sum().backward()
     synchronize()
     seen.pop(x.untyped_storage().data_ptr(), None)
     return time.perf_counter() - start, sum(seen.values())
 
 
 # ================================================================ Later: the command line
+def main(words=None):
+    """Run the command line; returns the exit status: 2 after an error, 1 if a run diverged."""
+    keep_memory()
+    with redirect_stdout(Outlet(sys.stdout)), redirect_stderr(Outlet(sys.stderr)):
+        try:
+            with process_group():
+                if processes()[0]:
+                    sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
+                return command(words)
+        except KeyboardInterrupt:
+            print("interrupted; what was written before stays", file=sys.stderr)
+            return 130
+        except FloatingPointError as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return 1
+        except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+            why = explain(error)
+            if why is None:
+                raise
+            print(f"train.py: error: {why}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def explain(error):
+    """What a user did wrong, in one line; None for a bug, which needs its traceback."""
+    why, kind = one_line(error), type(error).__name__
+    if isinstance(error, (ValueError, OSError)):
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        # A rule is raised; what else fails in routers.py may be a router that a reader added.
+        bug = place.filename.endswith("routers.py") and not place.line.startswith("raise")
+        return None if bug else why
+    if re.search("out of memory|MemoryError|alloc|overflow|too large", why + kind, re.I):
+        return f"these sizes do not fit into memory: {why[:200]}"
+    return None
+
+
+def keep_memory():
+    """Let glibc keep what tensors free: to fetch it again takes up to a fifth of a CPU's step."""
+    if platform.libc_ver()[0] == "glibc":
+        for threshold, size in (-3, 2**25), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, size)
+
+
+class Outlet:
+    """A stream whose reader may leave (| head) or whose disk may fill; then only words are lost."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # Python has None for a closed one
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def command(words):
+    action, lists = parse(words)
+    said = {name: values[0] for name, values in lists.items()}
+    several = any(len(values) > 1 for values in lists.values())
+    every = said.get("router") == "all"
+    if action is None:
+        for name in lists:
+            if name in SAMPLING | BENCH:
+                raise ValueError(f"{flag(name)} is for --sample or --bench")
+        return grid(lists) if several or every else run(said)
+    if several or (every and action != "bench"):
+        raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
+    if processes()[0] and action != "resume":
+        return 0  # process 0 does it
+    folder = said.pop(action)
+    for name in said:
+        if action in BESIDE and name not in BESIDE[action]:
+            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
+    if action == "bench":
+        bench(said)
+    elif action == "resume":
+        if "out" in said:
+            raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
+        return run(read_said(folder) | said, pathlib.Path(folder), resume=True)
+    elif action == "table":
+        results(folder)
+    elif action == "eval":  # what the run printed, from its weights
+        settings, data, model = load_run(folder, said.get("device", "auto"))
+        with reading(folder, "has no summary"):
+            before = json.loads(read_file(folder, "summary.json", "is no finished run"))
+            cells(before, TASKS[settings.task])  # raises if a number is missing
+        summary, joints = conclude(settings, data, model, data.device)
+        tell(settings, data, model, before | summary, joints)
+    else:
+        asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
+        sample(folder, SimpleNamespace(**(asked | said)))
+    return 0
+
+
+def parse(words):
+    """The command line -> an action or None, and what it says, {setting: [values]}."""
+    lists = vars(make_parser().parse_args(words))
+    lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
+    actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
+    if len(actions) > 1:
+        raise ValueError(f"one at a time: {', '.join(map(flag, actions))}")
+    return next(iter(actions), None), lists
+
+
+def make_parser():
+    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.description = __doc__.splitlines()[0]
+    parser.epilog = "Several values of a flag, or --router all, make a grid of runs and one table."
+    options, kinds = {}, CHOICES | {"capacity_factor": "capacity"}
+    for name, default in OPTIONS.items():
+        of_type = {bool: bool, float: "at_least_0", str: "text"}.get(type(default), "whole")
+        usual = {}
+        for router, kind in ROUTERS.items():
+            if name in kind.defaults:
+                usual[router] = spell((kind.defaults | kind.recipe)[name])
+        what = "all routers" if len(usual) == len(ROUTERS) else ", ".join(usual)
+        if len(set(usual.values())) > 1:
+            what += f" ({' or '.join(sorted(set(usual.values())))}, by router)"
+        if set(usual.values()) != {spell(default)}:
+            default = None
+        options[name] = kinds.get(name, of_type), default, what
+    groups = {"a run": SETTINGS} | {f"--task {name}": TASKS[name].SETTINGS for name in TASKS}
+    groups |= {"router options, for the routers named": options, "instead of a run": ACTIONS}
+    groups |= {"with --sample": SAMPLING, "with --bench": BENCH}
+    for heading, settings in groups.items():
+        group = parser.add_argument_group(heading)
+        for name, (kind, default, what) in settings.items():
+            try:
+                add_flag(group, name, kind, default, what)
+            except argparse.ArgumentError:
+                rule = "has the name of another flag; call it otherwise"
+                raise ValueError(f"router option {name} {rule}") from None
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)  # main() says it in one line
+
+
+def add_flag(group, name, kind, default, what):
+    sizes = [task.SIZES["tiny"].get(name) for task in TASKS.values()]
+    if any(size is not None for size in sizes):
+        shown = ", ".join(f"{task} {size}" for task, size in zip(TASKS, sizes) if size is not None)
+        what += f" ({shown})"
+    elif default is not None and default is not False and default != "":
+        what += f" ({default})"
+    if name in ACTIONS and kind is bool:
+        how = dict(action="store_true")
+    elif kind is bool:
+        how = dict(action=argparse.BooleanOptionalAction)
+    elif isinstance(kind, tuple):
+        how = dict(nargs="+", choices=kind)
+    else:
+        how = dict(nargs="+", type=partial(read_word, kind), metavar=name.split("_")[-1].upper())
+    group.add_argument(flag(name), help=what.replace("%", "%%"), **how)
+
+
 NUMBERS = {  # kind: (type, least, most, what it must be)
     "whole": (int, 1, 10**7, "a whole number >= 1"),
     "few": (int, 1, 4096, "a whole number >= 1"),
@@ -1634,9 +1797,9 @@ def read_word(kind, text):
             if value > most:
                 rule += f", at most {most:,}"
         raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-    known = "dense", *ROUTERS
-    if kind == "router" and text not in (*known, "all"):
-        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {', '.join(known)}")
+    if kind == "router" and text not in (*ROUTER_KINDS, "all"):
+        known = ", ".join(ROUTER_KINDS)
+        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {known}")
     if kind == "path" and not text:
         raise argparse.ArgumentTypeError("is empty; say a path or leave the flag away")
     if kind == "blocks":
@@ -1657,161 +1820,8 @@ def spell(value):
     return "none" if value is None else str(value)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # main() says it in one line
-
-
-def make_parser():
-    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.description = __doc__.splitlines()[0]
-    grids = "A flag with several values, or --router all, makes a grid of runs and one table."
-    parser.epilog = grids
-    options, kinds = {}, CHOICES | {"capacity_factor": "capacity"}
-    for name, default in OPTIONS.items():
-        of_type = {bool: bool, float: "at_least_0"}.get(type(default), "whole")
-        usual = {}
-        for router, kind in ROUTERS.items():
-            if name in kind.defaults:
-                usual[router] = spell((kind.defaults | kind.recipe)[name])
-        what = "all routers" if len(usual) == len(ROUTERS) else ", ".join(usual)
-        if len(set(usual.values())) > 1:
-            what += f" ({' or '.join(sorted(set(usual.values())))}, by router)"
-        if set(usual.values()) != {spell(default)}:
-            default = None
-        options[name] = kinds.get(name, of_type), default, what
-    groups = {"a run": SETTINGS}
-    for name, task in TASKS.items():
-        groups[f"--task {name}"] = task.SETTINGS
-    groups |= {"router options, for the routers named": options, "instead of a run": ACTIONS}
-    groups |= {"with --sample": SAMPLING, "with --bench": BENCH}
-    for heading, settings in groups.items():
-        group = parser.add_argument_group(heading)
-        for name, (kind, default, what) in settings.items():
-            try:
-                add_flag(group, name, kind, default, what)
-            except argparse.ArgumentError:
-                rule = "has the name of another flag; call it otherwise"
-                raise ValueError(f"router option {name} {rule}") from None
-    return parser
-
-
-def add_flag(group, name, kind, default, what):
-    sizes = [task.SIZES["tiny"].get(name) for task in TASKS.values()]
-    if any(size is not None for size in sizes):
-        shown = ", ".join(f"{task} {size}" for task, size in zip(TASKS, sizes) if size is not None)
-        what += f" ({shown})"
-    elif default is not None and default is not False and default != "":
-        what += f" ({default})"
-    if kind is bool:
-        how = dict(action=argparse.BooleanOptionalAction)
-    elif isinstance(kind, tuple):
-        how = dict(nargs="+", choices=kind)
-    else:
-        how = dict(nargs="+", type=partial(read_word, kind), metavar=name.split("_")[-1].upper())
-    group.add_argument(flag(name), help=what.replace("%", "%%"), **how)
-
-
-def parse(words):
-    """The command line -> an action or None, and what it says, {setting: [values]}."""
-    lists = vars(make_parser().parse_args(words))
-    lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
-    actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
-    if len(actions) > 1:
-        raise ValueError(f"one at a time: {', '.join(map(flag, actions))}")
-    return next(iter(actions), None), lists
-
-
-class Outlet:
-    """A stream whose reader may leave (| head) or whose disk may fill; then only words are lost."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # Python has None for a closed one
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def keep_memory():
-    """Let glibc keep what tensors free: to fetch it again takes up to a fifth of a CPU's step."""
-    if platform.libc_ver()[0] == "glibc":
-        for threshold, size in (-3, 2**25), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(threshold, size)
-
-
 def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def main(words=None):
-    """Run the command line; returns the exit status: 2 after an error, 1 if a run diverged."""
-    keep_memory()
-    with redirect_stdout(Outlet(sys.stdout)), redirect_stderr(Outlet(sys.stderr)):
-        try:
-            with process_group():
-                if processes()[0]:
-                    sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
-                return command(words)
-        except KeyboardInterrupt:
-            print("interrupted; what was written before stays", file=sys.stderr)
-            return 130
-        except FloatingPointError as error:
-            print(f"train.py: {error}", file=sys.stderr)
-            return 1
-        except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
-            why, kind = one_line(error), type(error).__name__
-            if not isinstance(error, (ValueError, OSError)):
-                words = "out of memory|MemoryError|alloc|overflow|too large"
-                if not re.search(words, why + kind, re.I):
-                    raise
-                why = f"these sizes do not fit into memory: {why[:200]}"
-            print(f"train.py: error: {why}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-
-def command(words):
-    action, lists = parse(words)
-    said = {name: values[0] for name, values in lists.items()}
-    several = any(len(values) > 1 for values in lists.values())
-    every = said.get("router") == "all"
-    if action is None:
-        for name in lists:
-            if name in SAMPLING | BENCH:
-                raise ValueError(f"{flag(name)} is for --sample or --bench")
-        return grid(lists) if several or every else run(said)
-    if several or (every and action != "bench"):
-        raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
-    folder = said.pop(action)
-    for name in said:
-        if action in BESIDE and name not in BESIDE[action]:
-            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
-    if action == "bench":
-        bench(said)
-    elif action == "resume":
-        if "out" in said:
-            raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
-        return run(read_said(folder) | said, pathlib.Path(folder), resume=True)
-    elif action == "table":
-        results(folder)
-    elif action == "eval":  # what the run printed, from its weights
-        settings, data, model = load_run(folder, said.get("device", "auto"))
-        with reading(folder, "has no summary"):
-            before = json.loads(read_file(folder, "summary.json", "is no finished run"))
-        summary, joints = conclude(settings, data, model, data.device)
-        tell(settings, data, model, before | summary, joints)
-    else:
-        asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
-        sample(folder, SimpleNamespace(**(asked | said)))
-    return 0
 
 
 if __name__ == "__main__":
