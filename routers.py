@@ -107,8 +107,8 @@ class HardRouting(Routing):
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # For each slot, in Experts' order [E, G, C]: its row of x.flatten(0, 1), and its weight. An
-        # empty slot has its group's last row, and weight 0.
+        # For each slot, in Experts' order [E, G, C]: its row of x.flatten(0, 1), and its weight.
+        # An empty slot reads its group's last token, with weight 0.
         group = torch.arange(len(index), device=index.device)[:, None, None]
         rows = group * tokens + index.clamp(max=tokens - 1)
         self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
@@ -118,18 +118,22 @@ class HardRouting(Routing):
         dispatch = dispatch.permute(0, 3, 1, 2).to(self.weight.dtype)  # [G, T, E, C]
         return dispatch, dispatch * self.weight[:, None]
 
-    def dispatch(self, x):
+    def gather(self, x):
+        """dispatch(x) without the time to clear empty slots: each holds its group's last token."""
         G, E, C = self.index.shape
-        slots = x.flatten(0, 1).index_select(0, self._rows).view(E, G, C, x.shape[-1])
+        slots = x.flatten(0, 1).index_select(0, self._rows)
+        return slots.view(E, G, C, x.shape[-1]).transpose(0, 1)  # [G, E, C, D]
+
+    def dispatch(self, x):
         empty = self.index == self.tokens
-        return slots.transpose(0, 1).masked_fill(empty[..., None], 0)  # [G, E, C, D]
+        return self.gather(x).masked_fill(empty[..., None], 0)
 
     def combine(self, y):
         return self._add_up(y.transpose(0, 1).flatten(0, 2), self._weights, self._rows)
 
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
-            return super().run(x, experts)
+            return self.combine(experts(self.gather(x)))
         taken = (self.index < self.tokens).transpose(0, 1).flatten()
         # The number of filled slots is known, so that nothing here waits for the device.
         slot = taken.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
@@ -844,7 +848,7 @@ class MoE(nn.Module):
     """The layer: route, dispatch, let the experts work, combine.
 
     experts  any module on slots [G, E, C, D] that treats each slot by itself, such as Experts;
-             empty slots hold 0, and their output weighs nothing
+             empty slots hold some token, whose output weighs nothing
     shared   None, or a module on [..., D] that every token passes beside the routed experts: N
              shared experts are an FFN N times as wide (DeepSeekMoE, 2401.06066)
     """
