@@ -5,8 +5,8 @@ blocks hold an MoE in place of their FFN, as in V-MoE (2106.05974). A group is a
 a patch: x [B, T, D] is already [G, T, D].
 
 Images are drawn on the fly (the default), or read from a folder in the CIFAR binary layout, from an
-.npz, or from the official CIFAR archives, which are fetched once. Block, ViT and
-Images have their twins in moe_tokens.py: read the two files side by side.
+.npz, or from the official CIFAR archives, which are fetched once. Block, ViT and Images have their
+twins in moe_tokens.py: read the two files side by side.
 """
 
 import base64
@@ -204,8 +204,8 @@ class Images:
     def metrics(self, sums):
         """What is reported, from summed counts and the summed loss.
 
-        top1 in %; of patches also miou, in %: intersection over union, 0 for a class that occurs
-        nowhere, its mean over classes.
+        top1 in %; of patches also miou in %, the mean over classes of intersection over union; a
+        class that occurs nowhere counts 0.
         """
         found = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
         if "both0" in sums:
@@ -551,7 +551,7 @@ def read_npz(path):
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(keys)}")
     train, test = (check_images(path, part, arrays) for part in ("train", "test"))
-    most = min(int(train[1].max()), 65535)  # a larger label is a mistake, and as large a head
+    most = min(int(train[1].max()), 65535)  # a larger label is a mistake, not that many classes
     for _, labels in train, test:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high > most:

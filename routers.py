@@ -36,7 +36,7 @@ Words, the same in every file:
 arXiv 2401.15969, Routers in Vision Mixture of Experts, has six of the routers below: TokenChoice
 and its Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, and Soft. "As published" is
 the code in google-research/vmoe at commit 942a78b; "Differs:" says where this code departs from
-what is named beside it.
+the paper or code named beside it.
 
 Read in order. To add a router, subclass one and add it to ROUTERS. Not here: expert parallelism,
 padding.
@@ -709,7 +709,8 @@ class ExpertThreshold(Router):
     Expert choice made causal: update() keeps the threshold at a running mean of the (1 - K/E)
     quantile of the gates in a group, so that a token of groups that are alike meets K experts on
     average. It starts at 1/E. Tokens queue by position for C = ceil(2*T*K*cf / E) slots, at most T.
-    Differs: the paper takes one quantile of all tokens, which many processes could not share.
+    Differs: the paper speaks of the distribution of all tokens; a mean of groups can be added up
+    over many processes.
     """
 
     chooses = "threshold"
@@ -754,8 +755,8 @@ class Soft(Router):
 
     phi [D, E, C] is a direction for each slot. scale is learned and sharpens all mixes. As
     published it starts at 1, where mixes are almost uniform; for a short training 10 is better.
-    C is the option slots, or round(T*K*cf / E) with T = tokens. Never causal. Its
-    logits are [G, T, E, C], its gates [G, T, E*C].
+    C is the option slots, or round(T*K*cf / E) with T = tokens. Never causal. Its logits are
+    [G, T, E, C], its gates [G, T, E*C].
     """
 
     chooses = None

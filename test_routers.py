@@ -2738,6 +2738,30 @@ def test_weights_that_are_not_finite_never_replace_good_ones(here, capsys, album
     assert saved["step"] == 2 and torch.isfinite(saved["model"]["head.weight"]).all()
 
 
+def test_a_run_resumed_on_other_data_says_so(here, capsys):
+    pathlib.Path("text").mkdir()
+    for name in "ab":
+        pathlib.Path("text", name).write_text("a word and another, " * 200)
+    with signalled(signal.SIGTERM, 1):
+        run(WORDS, "--router dense --data text --out run", status=143)
+    pathlib.Path("text/b").write_text("now it says less, " * 100)
+    run("--resume run")
+    assert "it goes on, not bit for bit" in capsys.readouterr().err
+
+
+def test_a_grid_never_trains_over_what_another_process_did_meanwhile(here, monkeypatch):
+    def late(folder):  # the other process was done just before this one got its lock
+        (folder / "checkpoint.pt").write_bytes(b"theirs")
+        return lock(folder)
+
+    lock = train.locked
+    monkeypatch.setattr(train, "locked", late)
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit):
+        train.main(words_of([SMALL, "--router dense --seed 0 1 --out grid"]))
+    assert "another process has trained there meanwhile" in err.getvalue()
+    assert {path.read_bytes() for path in here.glob("grid/*/checkpoint.pt")} == {b"theirs"}
+
+
 WRONG_SAID = dict(dim="x", hidden=-1, heads=3, steps=1.5, router="none", lr=None, task="vision ")
 WRONG_SAID |= dict(experts=[4, 5], compile=3, seed={}, balance="x", few_shot="x", nonsense=1)
 WRONG_SAID |= dict(eval="x", depth="2", data="", moe_blocks=[9], dtype="int8", top_k=9)

@@ -199,8 +199,7 @@ def run(said, folder=None, resume=False):
 def settle(said):
     """Every setting of a run, from those said; ValueError where they clash or have no effect.
 
-    filled() gives each its value; unused(), complete() and the task's own settle() hold them to
-    the rules.
+    filled() gives each its value; unused(), complete() and the task's settle() apply the rules.
     """
     settings = filled(said)
     default = filled(dict(task=settings.task, router=settings.router, size=settings.size))
@@ -616,7 +615,7 @@ DECIMALS |= dict.fromkeys(("bits/byte", "dropless", "as generated"), 3)
 
 
 def row(of_runs):
-    """A row of the table, {column: text}: mean ± deviation over the cells of runs of one setting."""
+    """A row of the table, {column: text}: of the cells of each run, mean ± deviation."""
     texts = {}
     for name in dict.fromkeys(itertools.chain(*of_runs)):
         values = [found.get(name) for found in of_runs]
