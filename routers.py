@@ -19,9 +19,9 @@ slots each (capacity_factor=2). The gates, softmax(logits), are
     token 1      .6        .1        .3        tokens 0 and 1 are first in line and take them,
     token 2      .7        .2        .1        token 2 finds none left and is dropped.
 
-    dispatch[0,0,0,0] = 1       combine[0,0,0,0] = .5       y[0] = .5 * expert_0(x[0])
-    dispatch[0,1,0,1] = 1       combine[0,1,0,1] = .6       y[1] = .6 * expert_0(x[1])
-    all others are 0            all others are 0            y[2] = 0
+    dispatch[0,0,0,0] = 1       combine[0,0,0,0] = .5       y[0,0] = .5 * expert_0(x[0,0])
+    dispatch[0,1,0,1] = 1       combine[0,1,0,1] = .6       y[0,1] = .6 * expert_0(x[0,1])
+    all others are 0            all others are 0            y[0,2] = 0
 
 Words, the same in every file:
     gate        the layer that makes logits [G, T, E] from tokens
@@ -61,6 +61,7 @@ class Routing:
 
     load    [E], each expert's share of all assignments, before drops (of Soft: of all weight)
     losses  {name: scalar}, not yet weighted
+    router  the router that made it
     notes   whatever else is worth keeping (logits, gates, ...), as attributes
     """
 
@@ -100,17 +101,17 @@ class HardRouting(Routing):
 
     index   [G, E, C], the token in each slot; T where the slot is empty
     weight  [G, E, C], the combine weight of each slot; 0 where it is empty
-    filled  None, or of a dropless routing the number of filled slots of each expert, over all
-            groups: a list. Most slots are empty then; experts with ragged() run on these alone.
+    filled  None, or of a dropless routing how many slots each expert fills in all groups, a list:
+            most slots are empty then, and experts that have ragged() run on these alone
     """
 
     def __init__(self, index, weight, tokens, load, losses=None, filled=None, **notes):
         super().__init__(None, None, load, losses, **notes)
         self.index, self.weight, self.tokens, self.filled = index, weight, tokens, filled
-        # For each slot, in Experts' order [E, G, C]: its row of x.flatten(0, 1), and its weight.
-        # An empty slot reads its group's last token, with weight 0.
+        # For each slot, in Experts' order [E, G, C]: its row in x.flatten(0, 1), and its weight.
+        # Empty slots have one row more, G * T: zeros to read, and a place to write.
         group = torch.arange(len(index), device=index.device)[:, None, None]
-        rows = group * tokens + index.clamp(max=tokens - 1)
+        rows = torch.where(index < tokens, group * tokens + index, len(index) * tokens)
         self._rows, self._weights = rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten()
 
     def tensors(self):
@@ -118,34 +119,31 @@ class HardRouting(Routing):
         dispatch = dispatch.permute(0, 3, 1, 2).to(self.weight.dtype)  # [G, T, E, C]
         return dispatch, dispatch * self.weight[:, None]
 
-    def gather(self, x):
-        """dispatch(x) without the time to clear empty slots: each holds its group's last token."""
-        G, E, C = self.index.shape
-        slots = x.flatten(0, 1).index_select(0, self._rows)
-        return slots.view(E, G, C, x.shape[-1]).transpose(0, 1)  # [G, E, C, D]
-
     def dispatch(self, x):
-        empty = self.index == self.tokens
-        return self.gather(x).masked_fill(empty[..., None], 0)
+        G, E, C = self.index.shape
+        padded = F.pad(x.flatten(0, 1), (0, 0, 0, 1))  # [G * T + 1, D]
+        slots = padded.index_select(0, self._rows)
+        return slots.view(E, G, C, x.shape[-1]).transpose(0, 1)
 
     def combine(self, y):
         return self._add_up(y.transpose(0, 1).flatten(0, 2), self._weights, self._rows)
 
     def run(self, x, experts):
         if self.filled is None or not hasattr(experts, "ragged"):
-            return self.combine(experts(self.gather(x)))
-        taken = (self.index < self.tokens).transpose(0, 1).flatten()
+            return super().run(x, experts)
         # The number of filled slots is known, so that nothing here waits for the device.
+        taken = self._rows < len(self.index) * self.tokens
         slot = taken.nonzero_static(size=sum(self.filled)).flatten()  # [N], expert by expert
         rows = self._rows[slot]
         y = experts.ragged(x.flatten(0, 1).index_select(0, rows), self.filled)  # [N, D]
         return self._add_up(y, self._weights[slot], rows)
 
     def _add_up(self, y, weights, rows):
-        """Add each slot's output, of y [N, D], times its weight to the row that it reads."""
+        """Add each slot's output, of y [N, D], times its weight to its row; -> [G, T, D]."""
         G, T = len(self.index), self.tokens
         weighted = y * weights[:, None].to(y.dtype)
-        return y.new_zeros(G * T, y.shape[-1]).index_add_(0, rows, weighted).unflatten(0, (G, T))
+        sums = y.new_zeros(G * T + 1, y.shape[-1]).index_add_(0, rows, weighted)
+        return sums[:-1].unflatten(0, (G, T))
 
     def mass(self):
         return self._by_token(self.weight)
@@ -174,7 +172,7 @@ def queue(wants, capacity):
     """
     count = wants.cumsum(1, dtype=torch.int32).mT.contiguous()  # [G, E, N], how many up to n want e
     nth = torch.arange(1, capacity + 1, dtype=torch.int32, device=wants.device)
-    # A count never falls along the line: slot c is for the first n at which it reaches c + 1.
+    # A count never falls along the line: slot c goes to the first n whose count is c + 1.
     return torch.searchsorted(count, nth.repeat(*count.shape[:2], 1))
 
 
@@ -220,9 +218,10 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
         argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
     gates [G, T, E] -> plan [G, T, E]. column_sum is T/E if None, so that rows sum to 1. Columns are
-    exact, rows approximate: alpha is added to each row, and Adam lowers it where the row's sum is
-    too large. A group stops once the norm of its rows' errors is at most 1e-3. Differs: the last
-    projection passes a gradient; the published code passes none.
+    exact; rows approximate, since with so few non-zeros there may be no such P. Each row has a
+    bonus, alpha; given all of them, a column's best share is a projection. Adam lowers alpha where
+    a row's sum is too large; a group's last step is its first with errors of norm <= 1e-3. Differs:
+    the last projection passes a gradient; the published code passes none.
     """
     G, T, E = gates.shape
     column_sum = T / E if column_sum is None else column_sum
@@ -245,7 +244,8 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
 def importance_loss(logits, gates=None):
     """Squared coefficient of variation of the experts' summed gates (V-MoE 2106.05974, app. A).
 
-    Of logits [G, T, E] without noise. gates: the router's own probabilities, or softmax(logits).
+    In each group, then the mean of groups; of logits [G, T, E] without noise. gates: the router's
+    own probabilities, or softmax(logits).
     """
     gates = logits.softmax(-1) if gates is None else gates
     importance = gates.sum(1)  # [G, E]
@@ -256,10 +256,10 @@ def load_loss(logits, noisy_logits, top_k, noise_std):
     """Squared coefficient of variation of each expert's chance to be chosen under fresh noise.
 
     logits without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]
-    (V-MoE, app. A). Differs from 1701.06538, as the published code does: the threshold is the K-th
-    noisy logit of all experts.
+    (V-MoE, app. A). Chosen by logits alone: a bias or a plan is not seen. Differs from 1701.06538,
+    as the published code does: the threshold is the K-th noisy logit of all experts.
     """
-    threshold = noisy_logits.gather(-1, top(noisy_logits, top_k, -1)[..., -1:])  # [G, T, 1]
+    threshold = noisy_logits.topk(top_k).values[..., -1:]  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
     return (chance.var(1, correction=0) / chance.mean(1) ** 2).mean()
 
@@ -269,7 +269,7 @@ def balance_loss(logits, expert_index, gates=None, scope="group"):
 
     f_e is the share of tokens with e among their choices expert_index [G, T, K], before drops; P_e
     the mean of the gates, softmax(logits) or those given, [G, T, E]. scope: "group" takes f and P
-    of each group; "batch" (2501.11873) of all groups, and f, without gradient, of all processes.
+    of each group; "batch" (2501.11873) P of all groups here, f of all groups in all processes.
     """
     E, K = logits.shape[-1], expert_index.shape[-1]
     gates = logits.softmax(-1) if gates is None else gates
@@ -277,7 +277,7 @@ def balance_loss(logits, expert_index, gates=None, scope="group"):
     P = gates.mean(1)  # [G, E]
     if scope == "batch":
         f, P = f.mean(0, keepdim=True), P.mean(0, keepdim=True)
-        if torch.is_grad_enabled():  # all processes train, but one alone evaluates
+        if torch.is_grad_enabled():  # one process evaluates alone: it would wait for ever
             f = mean_over_processes(f)
     return E / K * (f * P).sum(1).mean()
 
@@ -325,14 +325,14 @@ class Router(nn.Module):
     """What all routers share: options and their rules, the gate, the capacity.
 
     A subclass says who `chooses` ("tokens", "experts", "threshold" or None), lists its options with
-    their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it, and
-    writes route(x, key) -> Routing for x [G, T, D] and key [G, T] (hash alone reads it).
+    their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it. It
+    writes decide(logits, noisy), or route(x, key) if it does not start from the gate's logits.
 
     causal is True only if, with these options, later tokens change neither a token's choices nor,
     at a fixed C, its drops. But C grows with T: what a short text drops, a longer one may seat.
 
-    top_k            K, choices of a token; where experts choose, it only sets the budget: there are
-                     T * K * capacity_factor slots in all
+    top_k            K, choices of a token; where experts choose, it only sets the budget, of
+                     T * K * capacity_factor slots
     capacity_factor  slots for each assignment; None is dropless, where tokens choose
     noise_std        in training, normal noise of deviation noise_std / E on the logits
     router_weights   learned; frozen as they start; or random, drawn anew at each step
@@ -343,7 +343,7 @@ class Router(nn.Module):
     causal = False
     offers = ("z",)
     recipe = {}
-    margin = 1  # times C; more where nobody knows how many tokens will ask
+    margin = 1  # a factor in C; 2 where nobody knows how many tokens will ask
     defaults = dict(top_k=1, capacity_factor=1.0, noise_std=0.0)
     defaults |= dict(router_weights="learned", gate="linear")
 
@@ -421,6 +421,18 @@ class Router(nn.Module):
         routing.router = self
         return routing
 
+    def route(self, x, key):
+        """The Routing of x [G, T, D], by the gate's logits. Hash alone reads key [G, T]."""
+        logits = self.logits(x)
+        routing = self.decide(logits, self.add_noise(logits))
+        routing.logits, routing.gates = logits, self.probabilities(logits)
+        routing.losses["z"] = z_loss(logits)
+        return routing
+
+    def decide(self, logits, noisy):
+        """Logits [G, T, E], without and with noise -> the Routing, but for its z loss."""
+        raise NotImplementedError(f"{type(self).__name__} must write decide() or route()")
+
     def logits(self, x):
         """Logits [G, T, E] of tokens x [G, T, D], in float32 at least; without noise."""
         random = self.options.router_weights == "random" and self.training
@@ -446,20 +458,46 @@ class Router(nn.Module):
         gates = self.probabilities(noisy)
         return gates, gates
 
-    def by_plan(self, gates, make_plan, z, *how):
-        """Scores where a plan, make_plan(z, *how), decides, and it or the gates weigh."""
+    def by_plan(self, gates, z, make_plan):
+        """Scores where a plan, make_plan(z), decides; combine_weights says what weighs."""
         if self.options.combine_weights == "plan":
-            plan = make_plan(z, *how)
+            plan = make_plan(z)
             return plan, plan
-        return make_plan(z.detach(), *how), gates  # a plan that weighs nothing needs no gradient
+        return make_plan(z.detach()), gates  # a plan that weighs nothing needs no gradient
 
     def capacity(self, tokens):
-        """C = ceil(margin*T*K*cf / E), at most T, for a group of T tokens; None if dropless."""
+        """C = ceil(margin*T*K*cf / E), at most T, for a group of T tokens; None if dropless.
+
+        Differs: the published code, by default, rounds C up to a multiple of 4.
+        """
         o = self.options
         if o.capacity_factor is None:
             return None
         wanted = self.margin * tokens * o.top_k * o.capacity_factor / self.num_experts
         return math.ceil(min(tokens, wanted))
+
+    def admit(self, wants, gates):
+        """The routing in which tokens queue by position for all experts that they want.
+
+        wants [G, T, E], True or False; gates [G, T, E] are the weights of those that get a slot.
+        """
+        T = wants.shape[1]
+        C, filled = self.room(wants, T)
+        index = queue(wants, C)  # [G, E, C]
+        weight = F.pad(gates.mT, (0, 1)).gather(2, index)
+        load = wants.sum((0, 1)) / wants.sum().clamp(min=1)
+        return HardRouting(index, weight, T, load, filled=filled)
+
+    def room(self, wants, tokens):
+        """C, and for a dropless routing how many slots each expert fills."""
+        C = self.capacity(tokens)
+        if C is not None:
+            return C, None
+        if torch.compiler.is_compiling():
+            return tokens, None  # a compiled graph knows no loads: room for every token
+        asked = wants.sum(1).cpu()  # [G, E], how many want each expert; waits for the device
+        longest = int(asked.max()) if len(asked) else 1
+        return longest, asked.sum(0).tolist()
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -486,8 +524,8 @@ class TokenChoice(Router):
     priority       "token": by position. "choice": all first choices, then all second (GShard).
                    "gate": as "choice", the tokens by their largest score (V-MoE, section 4)
     renormalize    divide a token's K gates by their sum (K >= 2)
-    bias_rate      0, or the step u of 2408.15664: experts are chosen by gate + bias and weighed by
-                   the gate; update() moves the bias by u * sign(mean load - load)
+    bias_rate      0, or the step u of 2408.15664: experts are chosen by score + bias and weighed
+                   without it; update() moves it by u * sign(mean load - load), then centres it
     balance_scope  the balance loss counts shares by "group" or over the "batch" (2501.11873)
     """
 
@@ -503,40 +541,35 @@ class TokenChoice(Router):
         dropless = o.capacity_factor is None
         return dropless or o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
 
-    def route(self, x, key=None):
+    def decide(self, logits, noisy):
         o = self.options
-        logits = self.logits(x)
-        noisy = self.add_noise(logits)
         decides, weighs = self.scores(logits, noisy)
         biased = decides + self.bias if o.bias_rate else decides
         expert_index = top(biased, o.top_k, -1)  # [G, T, K]
         weight = weighs.gather(-1, expert_index)
-        if getattr(o, "renormalize", o.top_k > 1):  # sigmoid has no choice
+        if getattr(o, "renormalize", o.top_k > 1):  # Sigmoid has no such option: where K > 1
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)  # never 0 / 0
         routing = self.seat(expert_index, weight, decides)
-        routing.logits, routing.gates = logits, self.probabilities(logits)
-        routing.losses = {
-            "importance": importance_loss(logits, routing.gates),
-            "balance": balance_loss(logits, expert_index, routing.gates, o.balance_scope),
-            "z": z_loss(logits),
-        }
-        if noisy is not logits:  # there was noise
+        gates, losses = self.probabilities(logits), routing.losses
+        losses["importance"] = importance_loss(logits, gates)
+        losses["balance"] = balance_loss(logits, expert_index, gates, o.balance_scope)
+        if noisy is not logits:  # add_noise() did add some
             deviation = o.noise_std / self.num_experts  # of the noise itself
-            routing.losses["load"] = load_loss(logits, noisy, o.top_k, deviation)
+            losses["load"] = load_loss(logits, noisy, o.top_k, deviation)
         return routing
 
     def seat(self, expert_index, weight, decides=None):
         """Give slots to the assignments expert_index, weight [G, T, K], in order of `priority`."""
         G, T, K = expert_index.shape
         device = expert_index.device
-        token = torch.arange(T, device=device).expand(G, T)
+        order = torch.arange(T, device=device).expand(G, T)
         if self.options.priority == "gate":
-            token = top(decides.amax(-1), T, -1)  # [G, T], the surest first
-        token = token[..., None].expand(G, T, K)
-        line = token, expert_index.gather(1, token), weight.gather(1, token)
+            order = top(decides.amax(-1), T, -1)  # the surest first
+        token = order[..., None].expand(G, T, K)
+        parts = [token, expert_index.gather(1, token), weight.gather(1, token)]  # each [G, T, K]
         if self.options.priority != "token":
-            line = [part.mT for part in line]  # [G, K, T]: first choices stand before second
-        token, expert, weight = (part.flatten(1) for part in line)  # [G, N], N = T * K
+            parts = [part.mT for part in parts]  # first choices stand before second
+        token, expert, weight = (part.flatten(1) for part in parts)  # [G, N], N = T * K: the line
         wants = expert[..., None] == torch.arange(self.num_experts, device=device)  # [G, N, E]
         C, filled = self.room(wants, T)
         place = queue(wants, C)  # [G, E, C], in the line; N where a slot is empty
@@ -544,17 +577,6 @@ class TokenChoice(Router):
         weight = F.pad(weight, (0, 1)).gather(1, place.flatten(1)).view_as(place)
         load = wants.sum((0, 1)).to(weight.dtype) / max(1, G * T * K)
         return HardRouting(index, weight, T, load, filled=filled, expert_index=expert_index)
-
-    def room(self, wants, tokens):
-        """C, and for a dropless routing how many slots each expert fills."""
-        C = self.capacity(tokens)
-        if C is not None:
-            return C, None
-        if torch.compiler.is_compiling():
-            return tokens, None  # a compiled graph knows no loads: room for every token
-        asked = wants.sum(1).cpu()  # [G, E], how many want each expert; waits for the device
-        longest = int(asked.max()) if len(asked) else 1
-        return longest, asked.sum(0).tolist()
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -577,15 +599,15 @@ class SinkhornTokenChoice(TokenChoice):
     causal = False  # a plan balances over all tokens
 
     def scores(self, logits, noisy):
-        gates = logits.softmax(-1)  # without noise, as published
-        return self.by_plan(gates, sinkhorn_plan, noisy, self.options.iterations)
+        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
+        return self.by_plan(logits.softmax(-1), noisy, plan)  # gates without noise, as published
 
 
 class SparseTokenChoice(TokenChoice):
     """Tokens choose by a plan with at most K experts a token (2209.15466). Never causal, no noise.
 
-    Options: as SinkhornTokenChoice. At K = 1 a token's plan is 1 at its only expert, so that
-    combine_weights="plan" gives the router no gradient.
+    Options: as SinkhornTokenChoice. A token whose plan holds fewer goes to the first others too. At
+    K = 1 a token's plan is 1 at its only expert: combine_weights="plan" gives no gradient.
     """
 
     offers = ("importance", "balance", "z")
@@ -595,11 +617,11 @@ class SparseTokenChoice(TokenChoice):
     causal = False
 
     def scores(self, logits, noisy):
-        def plan(z):  # the same problem with tokens and experts exchanged, every token of mass 1
+        def plan(z):  # transposed: columns are tokens, each of mass 1; rows, the experts, get T/E
             return sparse_plan(z.mT, self.options.top_k, self.options.iterations, column_sum=1.0).mT
 
         gates = logits.softmax(-1)
-        return self.by_plan(gates, plan, gates)
+        return self.by_plan(gates, gates, plan)
 
 
 class Sigmoid(TokenChoice):
@@ -619,8 +641,8 @@ class Sigmoid(TokenChoice):
         return F.logsigmoid(logits).softmax(-1)  # s / sum s, also where every s underflows
 
     def scores(self, logits, noisy):
-        gates = logits.sigmoid()
-        return gates, gates
+        s = logits.sigmoid()
+        return s, s
 
 
 class Hash(TokenChoice):
@@ -644,7 +666,7 @@ class Hash(TokenChoice):
         table = torch.rand(runs, num_experts).argsort(1).flatten()
         self.register_buffer("table", table[: self.options.num_keys])
 
-    def route(self, x, key=None):
+    def route(self, x, key):
         G, T, _ = x.shape
         E, K = self.num_experts, self.options.top_k
         if key is None:
@@ -667,16 +689,12 @@ class ExpertChoice(Router):
     Slots are sorted by score, the largest first. Never causal: a token competes with all others.
     """
 
-    def route(self, x, key=None):
-        T = x.shape[1]
-        logits = self.logits(x)
-        noisy = self.add_noise(logits)
+    def decide(self, logits, noisy):
+        T, E = logits.shape[1:]
         decides, weighs = self.scores(logits, noisy)
         index = top(decides, self.capacity(T), 1).mT  # [G, E, C]
         weight = weighs.mT.gather(2, index)
-        load = logits.new_full((self.num_experts,), 1 / self.num_experts)
-        gates, losses = self.probabilities(logits), {"z": z_loss(logits)}
-        return HardRouting(index, weight, T, load, losses, logits=logits, gates=gates)
+        return HardRouting(index, weight, T, load=logits.new_full((E,), 1 / E))
 
 
 class SinkhornExpertChoice(ExpertChoice):
@@ -688,29 +706,33 @@ class SinkhornExpertChoice(ExpertChoice):
     defaults = ExpertChoice.defaults | dict(iterations=20, combine_weights="softmax")
 
     def scores(self, logits, noisy):
-        gates = noisy.softmax(-1)  # with noise, as published
-        return self.by_plan(gates, sinkhorn_plan, noisy, self.options.iterations)
+        plan = functools.partial(sinkhorn_plan, iterations=self.options.iterations)
+        return self.by_plan(noisy.softmax(-1), noisy, plan)  # gates with noise, as published
 
 
 class SparseExpertChoice(ExpertChoice):
-    """Experts choose by a plan with at most C tokens an expert (2209.15466). No noise."""
+    """Experts choose by a plan with at most C tokens an expert (2209.15466). No noise.
+
+    An expert whose plan holds fewer fills its slots with the first other tokens, as published.
+    """
 
     defaults = SinkhornExpertChoice.defaults.copy()
     del defaults["noise_std"]
 
     def scores(self, logits, noisy):
         C, gates = self.capacity(logits.shape[1]), logits.softmax(-1)
-        return self.by_plan(gates, sparse_plan, gates, C, self.options.iterations)
+        plan = functools.partial(sparse_plan, k=C, iterations=self.options.iterations)
+        return self.by_plan(gates, gates, plan)
 
 
 class ExpertThreshold(Router):
     """A token goes to every expert whose gate reaches that expert's threshold (2603.11535).
 
     Expert choice made causal: update() keeps the threshold at a running mean of the (1 - K/E)
-    quantile of the gates in a group, so that a token of groups that are alike meets K experts on
-    average. It starts at 1/E. Tokens queue by position for C = ceil(2*T*K*cf / E) slots, at most T.
-    Differs: the paper speaks of the distribution of all tokens; a mean of groups can be added up
-    over many processes.
+    quantile of the gates in a group. If groups are alike, a token meets K experts on average. The
+    first update replaces the start, 1/E. Tokens queue by position for C = ceil(2*T*K*cf / E) slots,
+    at most T. Differs: the paper speaks of the distribution of all tokens; a mean of groups can be
+    added up over many processes.
     """
 
     chooses = "threshold"
@@ -724,20 +746,14 @@ class ExpertThreshold(Router):
         self.register_buffer("threshold", start)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def route(self, x, key=None):
-        G, T, _ = x.shape
-        logits = self.logits(x)
-        noisy_gates = self.probabilities(self.add_noise(logits))
-        wants = noisy_gates >= self.threshold  # [G, T, E]
-        index = queue(wants, self.capacity(T))  # [G, E, C]
-        weight = F.pad(noisy_gates.mT, (0, 1)).gather(2, index)
-        load = wants.sum((0, 1)) / wants.sum().clamp(min=1)
-        gates, losses = self.probabilities(logits), {"z": z_loss(logits)}
-        quantile, share = self.threshold, 1 - self.options.top_k / self.num_experts
-        if G > 0:  # of an empty batch, the threshold stays
-            quantile = noisy_gates.detach().quantile(share, dim=1).mean(0)  # [E]
-        notes = dict(logits=logits, gates=gates, quantile=quantile)
-        return HardRouting(index, weight, T, load, losses, **notes)
+    def decide(self, logits, noisy):
+        gates = self.probabilities(noisy)
+        routing = self.admit(gates >= self.threshold, gates)
+        routing.quantile = self.threshold  # of an empty batch: it stays
+        if len(gates):
+            share = 1 - self.options.top_k / self.num_experts
+            routing.quantile = gates.detach().quantile(share, dim=1).mean(0)  # [E]
+        return routing
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -779,7 +795,7 @@ class Soft(Router):
     def capacity(self, tokens):
         return self.options.slots
 
-    def route(self, x, key=None):
+    def route(self, x, key):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             direction = self.scale.to(x.dtype) * unit(self.phi.to(x.dtype), 0)
@@ -821,7 +837,7 @@ class Experts(nn.Module):
         return torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
 
     def forward(self, slots):
-        """slots [G, E, C, D] -> [G, E, C, D]; of a sequence routed whole, n*D wide: n vectors."""
+        """slots [G, E, C, D] -> the same; a slot that is n*D wide holds n vectors (a sequence)."""
         G, E, C, width = slots.shape
         z = slots.transpose(0, 1).reshape(E, -1, self.dim)
         return self.expert(z, *self.parameters()).view(E, G, C, width).transpose(0, 1)
@@ -848,8 +864,7 @@ def stacked(num_experts, rows, columns, fan_in, init="independent"):
 class MoE(nn.Module):
     """The layer: route, dispatch, let the experts work, combine.
 
-    experts  any module on slots [G, E, C, D] that treats each slot by itself, such as Experts;
-             empty slots hold some token, whose output weighs nothing
+    experts  any module on slots [G, E, C, D] that treats each slot by itself, such as Experts
     shared   None, or a module on [..., D] that every token passes beside the routed experts: N
              shared experts are an FFN N times as wide (DeepSeekMoE, 2401.06066)
     """

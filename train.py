@@ -202,10 +202,10 @@ def settle(said):
     filled() gives each its value; unused(), complete() and the task's settle() apply the rules.
     """
     settings = filled(said)
-    default = filled(dict(task=settings.task, router=settings.router, size=settings.size))
+    unsaid = filled(dict(task=settings.task, router=settings.router, size=settings.size))
     for name, why in unused(said).items():
         # To say the default of a setting without effect does no harm; another task's has none here.
-        if not hasattr(default, name) or said[name] != getattr(default, name):
+        if not hasattr(unsaid, name) or said[name] != getattr(unsaid, name):
             raise ValueError(why)
     complete(settings, said)
     router = None
@@ -217,7 +217,7 @@ def settle(said):
 
 
 def filled(said):
-    """Every setting: as said, else by the router's recipe, else by the size, else the default."""
+    """Every setting. Later ones win: the defaults, the size, the router's recipe, what was said."""
     task = TASKS[said.get("task", SETTINGS["task"][1])]
     values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
     chosen = values | said  # which router, which size
@@ -276,25 +276,23 @@ def complete(settings, said):
         raise ValueError(f"--heads must divide --dim, got --heads {s.heads} and --dim {s.dim}")
     if s.moe_blocks is None:
         s.moe_blocks = TASKS[s.task].moe_blocks(s.depth)
-    if not s.moe_blocks or s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
+    if s.moe_blocks[-1] >= s.depth:
         rule = f"--moe-blocks must name blocks from 0 to {s.depth - 1}"
         raise ValueError(f"{rule}, got {s.moe_blocks}")
     if s.router == "dense":
         if s.top_k > s.experts:
             raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
-        experts = s.top_k
-        if s.dense_match == "total":
+        if s.dense_match == "active":
+            experts = s.top_k
+        else:
             experts = s.experts
             del s.top_k  # without effect: a grid over it would train the same model again
         s.width = s.hidden * (experts + s.shared)  # of the dense FFN
         del s.experts, s.shared  # of them the width alone has an effect
-    # A bias moves under --balance bias, or at a --bias-rate that was said.
+    if hasattr(s, "bias_rate") and "bias_rate" not in said:
+        s.bias_rate = 1e-3 if s.balance == "bias" else 0.0  # as in 2408.15664
     if s.balance == "bias" and not s.bias_rate:
-        if "bias_rate" in said:
-            raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
-        s.bias_rate = 1e-3  # as in 2408.15664
-    if s.balance != "bias" and "bias_rate" not in said and hasattr(s, "bias_rate"):
-        s.bias_rate = 0.0  # sigmoid has one by default
+        raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
     if s.batch_size % (s.grad_accum * processes()[1]):
         rule = f"--grad-accum times the processes must divide --batch-size {s.batch_size}"
         raise ValueError(f"{rule}, got {s.grad_accum} times {processes()[1]}")
@@ -783,12 +781,15 @@ def compare(entries, task, digits):
     best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
-        verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
-        if abs(gap) <= math.hypot(deviation(entry.scores), deviation(best.scores)):
-            verdict = "tie"
-        if min(len(entry.scores), len(best.scores)) == 1:
+        if entry is best:
+            verdict = "best"
+        elif min(len(entry.scores), len(best.scores)) == 1:
             verdict = "one seed"
-        entry.texts["to the best"] = "best" if entry is best else verdict
+        elif abs(gap) <= math.hypot(deviation(entry.scores), deviation(best.scores)):
+            verdict = "tie"
+        else:
+            verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
+        entry.texts["to the best"] = verdict
 
 
 def score(summary, task):
@@ -860,20 +861,14 @@ def nmi_and_null(mass, label, owner, draws=100):
     """
     owners, index = owner.unique(return_inverse=True)
     routed = mass.new_zeros(len(owners), mass.shape[1]).index_add(0, index, mass)  # [owners, E]
-    labels = int(label.max()) + 1
-    pairs, count = (index * labels + label).unique(return_counts=True)
-    of_owner, of_label = pairs // labels, pairs % labels
-    share = (count / index.bincount()[of_owner]).to(mass.dtype)  # of its owner's tokens
-
-    def joint(order):
-        """[labels, E] when owner o has the labels of owner order[o]."""
-        new_owner = order.argsort()  # the inverse: to whom an owner's labels go
-        dealt = routed[new_owner[of_owner]] * share[:, None]
-        return routed.new_zeros(labels, routed.shape[1]).index_add(0, of_label, dealt)
-
+    share = (1 / index.bincount()[index]).to(mass.dtype)  # of an owner, each of its tokens
+    labels = torch.sparse_coo_tensor(torch.stack([label, index]), share)  # [labels, owners]
+    labels, null = labels.coalesce(), []
     g = seeded("null")
-    null = [nmi(joint(torch.randperm(len(owners), generator=g))) for _ in range(draws)]
-    value = nmi(joint(torch.arange(len(owners))))
+    for _ in range(draws):
+        order = torch.randperm(len(owners), generator=g)  # owner o gets the labels of order[o]
+        null.append(nmi(labels @ routed[order.argsort()]))
+    value = nmi(labels @ routed)
     return [value, float(np.mean(null)), float(np.quantile(null, 0.95))]
 
 
@@ -1556,14 +1551,14 @@ def bench_router(b, name, said):
     with torch.no_grad():
         routing = moe(x)[1]
         G, E, C, D = routing.dispatch(x).shape
-    filled = sum(getattr(routing, "filled", None) or [G * E * C])
+    rows = sum(getattr(routing, "filled", None) or [G * E * C])  # of the slots that are run
     slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
 
     def tensor_form(z):
         routing = moe.router(z)
         return Routing(*routing.tensors(), routing.load).run(z, moe.experts), routing
 
-    calls = {"layer": (wrap(b, moe), x), "dense": (dense, x.new_empty(filled, D).normal_())}
+    calls = {"layer": (wrap(b, moe), x), "dense": (dense, x.new_empty(rows, D).normal_())}
     calls["bare experts"] = moe.experts, slots
     if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
         calls["tensor form"] = tensor_form, x
@@ -1711,7 +1706,7 @@ def parse(words):
     """The command line -> an action or None, and what it says, {setting: [values]}."""
     lists = vars(make_parser().parse_args(words))
     lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
-    actions = [name for name in ACTIONS if lists.get(name, [False]) != [False]]
+    actions = [name for name in ACTIONS if name in lists]
     if len(actions) > 1:
         raise ValueError(f"one at a time: {', '.join(map(flag, actions))}")
     return next(iter(actions), None), lists
