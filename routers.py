@@ -299,34 +299,13 @@ WHOLE = ("dim", "num_experts", "top_k", "iterations", "num_keys", "slots", "toke
 RANGES = {"noise_std": 1e6, "scale": 1e6, "bias_rate": 1.0}  # numbers from 0 to this
 
 
-def draw_noise(logits):
-    """Standard normal noise. Of many processes, each draws the whole batch's and takes its part."""
-    if not dist.is_initialized():
-        return torch.randn_like(logits)
-    whole = logits.new_empty(dist.get_world_size() * len(logits), *logits.shape[1:])
-    return torch.randn_like(whole).chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def mean_over_processes(value):
-    """The mean of a value over all processes that train; the value, where one trains."""
-    if not dist.is_initialized():
-        return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
-
-
-def at_least_float32():
-    """The default dtype, or float32 if that is coarser: bias and threshold move in tiny steps."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
-
-
 class Router(nn.Module):
     """What all routers share: options and their rules, the gate, the capacity.
 
     A subclass says who `chooses` ("tokens", "experts", "threshold" or None), lists its options with
     their `defaults`, the losses that it `offers` and the `recipe`, train.py's settings for it. It
-    writes decide(logits, noisy), or route(x, key) if it does not start from the gate's logits.
+    writes decide(logits, noisy) -> Routing, which may end in admit(); or route(x, key) -> Routing,
+    if it does not start from the gate's logits.
 
     causal is True only if, with these options, later tokens change neither a token's choices nor,
     at a fixed C, its drops. But C grows with T: what a short text drops, a longer one may seat.
@@ -361,55 +340,6 @@ class Router(nn.Module):
             self.make_gate()
         if getattr(self.options, "bias_rate", 0):
             self.register_buffer("bias", torch.zeros(num_experts, dtype=at_least_float32()))
-
-    def check_options(self):
-        """ValueError for an invalid option; it names the rule and the value."""
-        values = dict(dim=self.dim, num_experts=self.num_experts, tokens=self.tokens)
-        values |= vars(self.options)
-
-        def need(ok, name, rule):
-            if not ok:
-                raise ValueError(f"{rule}, got {name}={values[name]!r}")
-
-        for name, value in values.items():
-            if name in CHOICES:
-                ok = value in CHOICES[name]
-                need(ok, name, f"{name} must be one of {', '.join(CHOICES[name])}")
-            if name in WHOLE and not (value is None and name in ("slots", "tokens")):
-                ok = type(value) is int and value >= 1
-                need(ok, name, f"{name} must be a whole number >= 1")
-            if name in RANGES:
-                ok = type(value) in (int, float) and 0 <= value <= RANGES[name]
-                need(ok, name, f"{name} must be a number >= 0, at most {RANGES[name]:g}")
-        E, K, factor = self.num_experts, values["top_k"], values["capacity_factor"]
-        need(K <= E, "top_k", f"top_k must be at most num_experts={E}")
-        if factor is None:
-            rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
-            need(self.chooses == "tokens", "capacity_factor", rule)
-        else:
-            ok = type(factor) in (int, float) and 0 < factor < math.inf
-            need(ok, "capacity_factor", "capacity_factor must be a positive number")
-        if values.get("renormalize"):
-            need(K > 1, "top_k", "renormalize needs top_k >= 2 (the only gate would always be 1)")
-        tiny = 0 < values.get("noise_std", 0) < 1e-6
-        need(not tiny, "noise_std", "noise_std must be 0 or at least 1e-6")
-
-    def make_gate(self):
-        self.gate = nn.Linear(self.dim, self.num_experts, bias=False)
-        if self.options.gate == "mlp":
-            hidden = nn.Linear(self.dim, self.dim, bias=False)
-            self.gate = nn.Sequential(hidden, nn.GELU(), self.gate)
-        self.redraw(self.gate)
-        self.gate.requires_grad_(self.options.router_weights == "learned")
-        if self.options.router_weights == "random":
-            self.random_gate = copy.deepcopy(self.gate)  # for training; evaluation keeps self.gate
-
-    def redraw(self, gate, generator=None):
-        """Fresh weights of deviation dim^-1/2: a linear gate keeps the variance of tokens."""
-        with torch.no_grad():
-            for weight in gate.parameters():
-                fresh = torch.empty(weight.shape, dtype=weight.dtype)  # on the CPU: alike anywhere
-                weight.copy_(fresh.normal_(0, self.dim**-0.5, generator=generator))
 
     def forward(self, x, key=None):
         """Tokens x [G, T, D] and, for hash, key [G, T] -> Routing. ValueError for other shapes."""
@@ -504,6 +434,55 @@ class Router(nn.Module):
         """Called once after each training step with its routings: moves what has no gradient."""
         if getattr(self.options, "router_weights", None) == "random":
             self.redraw(self.random_gate, generator)
+
+    def make_gate(self):
+        self.gate = nn.Linear(self.dim, self.num_experts, bias=False)
+        if self.options.gate == "mlp":
+            hidden = nn.Linear(self.dim, self.dim, bias=False)
+            self.gate = nn.Sequential(hidden, nn.GELU(), self.gate)
+        self.redraw(self.gate)
+        self.gate.requires_grad_(self.options.router_weights == "learned")
+        if self.options.router_weights == "random":
+            self.random_gate = copy.deepcopy(self.gate)  # for training; evaluation keeps self.gate
+
+    def redraw(self, gate, generator=None):
+        """Fresh weights of deviation dim^-1/2: a linear gate keeps the variance of tokens."""
+        with torch.no_grad():
+            for weight in gate.parameters():
+                fresh = torch.empty(weight.shape, dtype=weight.dtype)  # on the CPU: alike anywhere
+                weight.copy_(fresh.normal_(0, self.dim**-0.5, generator=generator))
+
+    def check_options(self):
+        """ValueError for an invalid option; it names the rule and the value."""
+        values = dict(dim=self.dim, num_experts=self.num_experts, tokens=self.tokens)
+        values |= vars(self.options)
+
+        def need(ok, name, rule):
+            if not ok:
+                raise ValueError(f"{rule}, got {name}={values[name]!r}")
+
+        for name, value in values.items():
+            if name in CHOICES:
+                ok = value in CHOICES[name]
+                need(ok, name, f"{name} must be one of {', '.join(CHOICES[name])}")
+            if name in WHOLE and not (value is None and name in ("slots", "tokens")):
+                ok = type(value) is int and value >= 1
+                need(ok, name, f"{name} must be a whole number >= 1")
+            if name in RANGES:
+                ok = type(value) in (int, float) and 0 <= value <= RANGES[name]
+                need(ok, name, f"{name} must be a number >= 0, at most {RANGES[name]:g}")
+        E, K, factor = self.num_experts, values["top_k"], values["capacity_factor"]
+        need(K <= E, "top_k", f"top_k must be at most num_experts={E}")
+        if factor is None:
+            rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
+            need(self.chooses == "tokens", "capacity_factor", rule)
+        else:
+            ok = type(factor) in (int, float) and 0 < factor < math.inf
+            need(ok, "capacity_factor", "capacity_factor must be a positive number")
+        if values.get("renormalize"):
+            need(K > 1, "top_k", "renormalize needs top_k >= 2 (the only gate would always be 1)")
+        tiny = 0 < values.get("noise_std", 0) < 1e-6
+        need(not tiny, "noise_std", "noise_std must be 0 or at least 1e-6")
 
     def _apply(self, fn, recurse=True):
         """As in nn.Module, but bias and threshold stay in float32: their steps are tiny."""
@@ -930,7 +909,29 @@ ROUTERS = {
 }
 
 
-# ---------------------------------------------------------------- for all files
+# ---------------------------------------------------------------- helpers
+def draw_noise(logits):
+    """Standard normal noise. Of many processes, each draws the whole batch's and takes its part."""
+    if not dist.is_initialized():
+        return torch.randn_like(logits)
+    whole = logits.new_empty(dist.get_world_size() * len(logits), *logits.shape[1:])
+    return torch.randn_like(whole).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def mean_over_processes(value):
+    """The mean of a value over all processes that train; the value, where one trains."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+def at_least_float32():
+    """The default dtype, or float32 if that is coarser: bias and threshold move in tiny steps."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def seeded(*key):
     """A generator fixed by its key, as seeded(seed, step, "noise"): one key, the same draws."""
     digest = hashlib.sha256(repr(key).encode()).digest()

@@ -2729,7 +2729,7 @@ def test_a_closed_stream_and_a_small_alphabet_cost_words_alone():
 
 ABSURD = """--dim 1000000000000;--depth 10000000;--seed 1000000000000000000000000;
     --dim 10000000;--hidden 10000000;--experts 10000000;--batch-size 10000000;--steps 100000000;
-    --depth 4096 --dim 4096;--shared 4096 --hidden 1000000;--router soft --slots 10000000;
+    --depth 1024 --dim 8192;--shared 4096 --hidden 1000000;--router soft --slots 10000000;
     --router soft --capacity-factor 1e308 --top-k 8 --slots 9999999;
     --task tokens --router dense --context 10000000;
     --task tokens --router dense --dim 10000000""".split(";")

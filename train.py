@@ -15,9 +15,12 @@ Words are explained in routers.py. Read in order: the settings, then `run`, the 
 run, then what it calls. Skip the sections marked "Later" on a first reading; of them it is enough
 to know
 
-    Record, signals           the run's folder and its checkpoints; a list of signals caught
-    processes, total          (this process's number, how many there are); a sum over all of them
-    wrap, parts_of_batch      the model ready to train; the rows that this process computes
+    Record                    the run's folder and its checkpoints
+    signals                   a list of the signals caught so far, such as Ctrl-C
+    processes                 (this process's number, how many there are)
+    total                     sums over all processes
+    wrap                      the model ready to train: compiled, synchronised
+    parts_of_batch            the rows that this process computes
     examine, specialisation   to which experts the tokens of each label go
     row, table, report_page   what is printed, and report.html
 
@@ -78,7 +81,8 @@ BALANCE = {  # --balance: the losses it weighs
 ROUTER_KINDS = {"dense": SimpleNamespace(defaults={"top_k": 1}, recipe={}, offers=())} | ROUTERS
 
 # ---------------------------------------------------------------- settings
-# name: (kind, default, what it is). A kind is a tuple of choices, bool, or as read_word() knows it.
+# name: (kind, default, what it is). A kind is bool, a tuple of choices, or a word that read_word()
+# knows, most of them numbers: see NUMBERS, near the end.
 SETTINGS = {
     # what to run
     "task": (tuple(TASKS), "vision", "what to learn from: images or text"),
@@ -1768,7 +1772,7 @@ def add_flag(group, name, kind, default, what):
 
 NUMBERS = {  # kind: (type, least, most, what it must be)
     "whole": (int, 1, 10**7, "a whole number >= 1"),
-    "few": (int, 1, 4096, "a whole number >= 1"),
+    "few": (int, 1, 1024, "a whole number >= 1"),
     "count": (int, 0, 4096, "a whole number >= 0"),
     "integer": (int, -(2**63), 2**63 - 1, "a whole number"),
     "positive": (float, math.ulp(0.0), sys.float_info.max, "a positive number"),
