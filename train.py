@@ -866,7 +866,8 @@ def nmi_and_null(mass, label, owner, draws=100):
     owners, index = owner.unique(return_inverse=True)
     routed = mass.new_zeros(len(owners), mass.shape[1]).index_add(0, index, mass)  # [owners, E]
     share = (1 / index.bincount()[index]).to(mass.dtype)  # of an owner, each of its tokens
-    labels = torch.sparse_coo_tensor(torch.stack([label, index]), share)  # [labels, owners]
+    places = torch.stack([label, index])
+    labels = torch.sparse_coo_tensor(places, share, check_invariants=True)  # [labels, owners]
     labels, null = labels.coalesce(), []
     g = seeded("null")
     for _ in range(draws):
