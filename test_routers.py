@@ -1104,6 +1104,19 @@ def test_a_token_that_is_not_finite_harms_its_own_group_alone(name, options):
         same(after[[0, 2]], before[[0, 2]], 0 if fixed else 1e-12)
 
 
+def test_empty_slots_hold_zeros_so_that_no_token_passes_an_expert_that_it_did_not_get():
+    class Delicate(nn.Module):
+        def forward(self, slots):
+            too_much = slots > 8  # expert 1 overflows
+            too_much[:, 0] = False
+            return slots.masked_fill(too_much, math.inf)
+
+    x = float64([[[9.0, 0], [9, 0]]])  # both choose expert 0; the slots of expert 1 stay empty
+    y, routing = MoE(plain("token_choice", 2, capacity_factor=2.0), Delicate())(x)
+    same(y, x * x.softmax(-1).amax(-1, keepdim=True))
+    assert not routing.dispatch(x)[0, 1].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each(top_k=[2], capacity_factor=[1.0, None], gate=["mlp"], bias_rate=[0.1])
 def test_a_half_precision_layer_routes_as_the_float32_one_of_its_weights(name, options, dtype):
