@@ -102,7 +102,7 @@ class GPT(nn.Module):
     def forward(self, tokens, topic=None):
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         key = tokens if self.hash_key == "token" else topic[:, None].expand_as(tokens)
-        given = None  # or the one Routing of all blocks, which no block's own norm precedes
+        given = None  # or the one Routing of all blocks, made before any block's own norm
         if self.scope == "global":
             given = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
         routings = {}
@@ -165,7 +165,7 @@ def settle(settings, router, said):
     s.hash_key = s.hash_key or "token"
     s.pool = s.pool or "prefix"
     s.prefix = s.prefix or 16
-    # First tokens that are not scored: as many as a sequence's router reads, or one.
+    # A sequence's router reads its first `seen` tokens; these, or at least the first, go unscored.
     seen = s.prefix if reads_sequences(s) and s.pool == "prefix" else 1
     s.score_from = s.score_from or seen
     for flag, value in ("--prefix", seen), ("--score-from", s.score_from):
@@ -317,8 +317,10 @@ class Text:
 
         loss and perplexity are per token, bits_per_byte can be compared between tokenizers.
         """
-        mean = sums["loss"] / sums["count"]  # a tensor in training, else a float: no overflow
-        perplexity = mean.exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
+        mean = sums["loss"] / sums["count"]  # a tensor in training, else a float
+        perplexity = (
+            mean.exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
+        )  # not beyond a float
         found = {"loss": mean, "perplexity": perplexity}
         if "bytes" in sums:
             found["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
@@ -407,7 +409,7 @@ class Text:
 
     # Reading: what fills parts, topics, tokenizer, about and facts.
     def read_bins(self, path, vocab_size):
-        """nanoGPT's files: tokens of two bytes; the vocabulary as large as they need."""
+        """nanoGPT's files: tokens of two bytes; vocab_size None: as large as they need."""
         largest = 0
         for part, name in ("train", "train.bin"), ("validation", "val.bin"):
             file = path / name
@@ -507,7 +509,8 @@ def columns(summary):
         return summary.get(part, {}).get("bits_per_byte")
 
     found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
-    found["dropless"], found["as generated"] = bits("validation_dropless"), None
+    found["dropless"] = bits("validation_dropless")
+    found["as generated"] = None
     if bits("as_generated"):
         # Measured on a few windows: what they lose is added to the loss of all windows.
         found["as generated"] = bits("validation") + bits("as_generated") - bits("as_scored")
@@ -712,9 +715,10 @@ def divide(documents):
         return [(topic, name, raw[:cut])], [(topic, name, raw[cut:])]
     sizes = collections.Counter(topic for topic, _, _ in documents)
     groups = collections.defaultdict(list)
+    # Mixed by their names alone: one document more leaves the others in order.
     mixed = sorted(documents, key=lambda d: seeded("validation split", d[1]).initial_seed())
     for document in mixed:
-        alone = sizes[document[0]] == 1  # topics of a single document are one group
+        alone = sizes[document[0]] == 1
         groups[None if alone else document[0]].append(document)
     train, validation = [], []
     for group in groups.values():

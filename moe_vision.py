@@ -35,6 +35,10 @@ EXAMINED = "test"  # the split on which experts are examined
 MORE_IS_BETTER = True  # is a larger number better in the first of columns()?
 POSITION_STD = 0.5  # deviation of the positions at the start; patches have entries of about 1
 
+SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
+KINDS = ("background", "edge", "interior")  # of a patch
+PATCH_CLASSES = 1 + 2 * len(SHAPES)  # 0 background; of shape s, 2s + 1 edge, 2s + 2 interior
+
 SIZES = {  # the model, then its budget; each entry is a setting of its own
     "tiny": dict(dim=32, depth=4, heads=2, hidden=16, patch=4, experts=8,
                  steps=3200, batch_size=32, lr=1e-2),
@@ -217,8 +221,8 @@ class Images:
     def labels(self, batch, start):
         """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the number of the image or patch that has this one label, shared by its tokens: they
-        keep one label when labels are shuffled. Label -1 is none. `start` images came before.
+        owner: the number of the image or patch that a label is of; its tokens share one label, also
+        when labels are shuffled. Label -1 is none. `start` images came before.
         """
         B, T = len(batch["image"]), self.tokens
         patch = torch.arange(start * T, (start + B) * T).view(B, T)
@@ -319,9 +323,6 @@ def load(settings, device, folder=None):
 
 
 # ---------------------------------------------------------------- images drawn on the fly
-SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
-KINDS = ("background", "edge", "interior")  # of a patch
-PATCH_CLASSES = 1 + 2 * len(SHAPES)  # 0 background; of shape s, 2s + 1 edge, 2s + 2 interior
 TILE = 4  # pixels along a tile
 TILES = torch.randint(2, (256, TILE, TILE), generator=seeded("tiles")) * 2.0 - 1  # dark -1, light 1
 # The 64 tiles of each class, [classes, 64].
@@ -380,7 +381,7 @@ class Drawn(Images):
         tile = TILES_OF[torch.tensor(classes)[label]].gather(1, pick)  # [B, places]
         look = torch.rand(count, 10, generator=g, dtype=torch.float32)  # 0-3 pose, 4-9 colours
         noise = torch.randn(count, 1, S, S, generator=g, dtype=torch.float32)
-        dtype = torch.get_default_dtype()  # drawn in float32, so that all have the same images
+        dtype = torch.get_default_dtype()  # float32 above: so all types have the same images
         drawn = label, shape, tile, look.to(dtype), noise.to(dtype)
         return self.render(*(send(tensor[part], self.device) for tensor in drawn))
 
@@ -455,7 +456,7 @@ class Stored(Images):
 
     def divide(self, train, test, known):
         """Fill self.parts, and self.pool with the images of classes from `known` on."""
-        order = torch.randperm(len(train[0]), generator=seeded("validation split"))  # of all seeds
+        order = torch.randperm(len(train[0]), generator=seeded("validation split"))  # one for all
         image, label = train[0][order], train[1][order]
         tenth = len(image) // 10
         validation = image[:tenth], label[:tenth]
@@ -520,8 +521,8 @@ def read_cifar(files):
     A record is the label, one byte, and 3072 bytes of pixels; in CIFAR-100's train.bin and test.bin
     a coarse label stands before the fine one.
     """
-    fine = int(files[0].name in ("train.bin", "test.bin"))
-    size, classes, records = 3073 + fine, 100 if fine else 10, []
+    coarse = int(files[0].name in ("train.bin", "test.bin"))  # bytes before the label proper
+    size, classes, records = 3073 + coarse, 100 if coarse else 10, []
     for file in files:
         raw = torch.from_numpy(np.fromfile(file, np.uint8))
         if not len(raw) or len(raw) % size:
@@ -529,7 +530,7 @@ def read_cifar(files):
             raise ValueError(f"{file} holds {len(raw)} bytes, {rule}")
         records.append(raw.view(-1, size))
     records = torch.cat(records)
-    images, labels = records[:, fine + 1 :].reshape(-1, 3, 32, 32), records[:, fine].long()
+    images, labels = records[:, coarse + 1 :].reshape(-1, 3, 32, 32), records[:, coarse].long()
     if labels.max() >= classes:
         rule = f"labels of this layout are below {classes}"
         raise ValueError(f"{files[0].parent} has a label {labels.max()}; {rule}")
@@ -543,7 +544,7 @@ def read_npz(path):
         raise ValueError(f"{path} is no .npz archive; for text say --task tokens")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in keys if key in archive}
+            arrays = {key: np.asarray(archive[key]) for key in keys if key in archive}
     except Exception as error:  # numpy reports a broken archive by a dozen exceptions
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot read {path}: {why}") from None

@@ -38,6 +38,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import zipfile
 import zlib
 from http.client import BadStatusLine, IncompleteRead
 from types import SimpleNamespace
@@ -1444,6 +1445,10 @@ def test_broken_image_files_are_refused(here):
     assert "x.npz is no .npz archive; for text say --task tokens" in refused(OF_DATA, "x.npz")
     np.savez("x.npz", x_train=0, y_train=0)
     assert "x.npz lacks x_test, y_test; it needs" in refused(OF_DATA, "x.npz")
+    with zipfile.ZipFile("x.npz", "w") as archive:
+        for key in "x_train", "y_train", "x_test", "y_test":
+            archive.writestr(key + ".npy", b"no array")
+    assert "x_train must be square uint8 images" in refused(OF_DATA, "x.npz")
     os.mkfifo("pipe.npz")
     assert "no such data: pipe.npz" in refused(OF_DATA, "pipe.npz")
 
