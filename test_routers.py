@@ -2510,7 +2510,7 @@ CHAINS = [
     ("tokens", "--router sigmoid --balance bias"),
 ]
 FORK = multiprocessing.get_context("forkserver")  # children of a process that has torch loaded
-FORK.set_forkserver_preload(["train"])
+FORK.set_forkserver_preload([__name__])
 
 
 def lines_in(folder):
@@ -2878,7 +2878,7 @@ def test_readers_end_in_a_value_or_a_valueerror_whatever_the_bytes(shelf, album,
     for name, read in readers.items():
         path, g, refusals = here / name, random.Random(1), 0
         good = path.read_bytes()
-        for _ in range(300):
+        for _ in range(150):
             path.write_bytes(damaged(good, g))
             try:
                 read(path)
@@ -2887,7 +2887,7 @@ def test_readers_end_in_a_value_or_a_valueerror_whatever_the_bytes(shelf, album,
                 refusals += 1
         path.write_bytes(good)
         read(path)
-        assert refusals > 20, (path, refusals)
+        assert refusals > 10, (path, refusals)
 
 
 # ================================================================ README.md
@@ -2915,7 +2915,8 @@ def test_every_python_block_of_readme_runs_and_flags_and_tests_pick_its_router_u
     (here / "blocks.py").write_text("\n\n".join(shown))
     python("blocks.py")
     name = re.search(r"ROUTERS\[\"(\w+)\"\]", added)[1]
-    said = python("-m", "pytest", "-q", "test_routers.py", "-k", f"{name} and not readme")
+    some = f"{name} and (leak or hard or copy or compiles or run)"  # of all that pick it up
+    said = python("-m", "pytest", "-q", "test_routers.py", "-k", some)
     assert int(re.search(r"(\d+) passed", said)[1]) >= 20
     option = re.search(r"dict\((\w+)=", added)[1].replace("_", "-")
     flags = f"--{option} 0.5 --steps 2 --router {name} --out run"
