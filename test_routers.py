@@ -2323,6 +2323,8 @@ def test_a_report_of_images_holds_the_summary_curves_maps_and_patches(here, hast
     assert set(kinds) == {"background", "edge", "interior"} and set(columns) == {*"0123", "none"}
     assert page.map("block 1: shape")["disc", "none"] > 0.3  # half of the slots are missing
     assert ("class 1", "0") in page.map("block 1: class")
+    value = summary["specialisation"]["1"]["patch kind"][0]
+    assert re.search(rf"\| 1 +\| patch kind +\| {value:.3f} \|", page.text)
     assert all(f"expert {e}" in page.text for e in range(4)) and "no expert" in page.text
     picture = base64.b64decode(re.search(r"data:image/png;base64,([^\"]*)", page.text)[1])
     width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))

@@ -579,17 +579,20 @@ def parameters(model, data):
 def tell(settings, data, model, summary, joints):
     """Print what a run found."""
     print(table([{"router": title(settings), **row([cells(summary, TASKS[settings.task])])}]))
+    for words in table(known(summary)), data.tell(model, joints):
+        if words:
+            print(words)
+
+
+def known(summary):
+    """Rows of a table, {column: text}: what the experts of each block know of each label."""
     rows = []
     for block, labels in summary["specialisation"].items():
         for label, values in labels.items():
             value, mean, bound = (f"{number:.3f}" for number in values)
             texts = {"block": str(block), "experts know of": label, "NMI": value}
             rows.append(texts | {"by chance": mean, "95 % of chance": bound})
-    if rows:
-        print(table(rows))
-    words = data.tell(model, joints)
-    if words:
-        print(words)
+    return rows
 
 
 def title(settings):
@@ -907,6 +910,8 @@ PAGE = """<!doctype html>
 {body}
 </html>
 """
+KNOWN_SHOWS = """<p>How much an expert's choice tells of a label, as normalised mutual information
+(NMI), from 0 for nothing to 1 for all; beside it, what labels dealt by chance would give.</p>"""
 MAPS_SHOW = """<p>In a row: the share of a label's tokens that each expert serves, white none, dark
 blue the most; a token in several slots is divided by its weights. Column “none”: those that no
 expert serves.</p>"""
@@ -941,6 +946,7 @@ def report_page(settings, data, model, summary, joints, record):
                 maps.append(heat_map(f"block {block}: {name}", joint, names))
     if maps:
         body.append("<h2>Where the tokens of each label go</h2>")
+        body.append(f"{KNOWN_SHOWS}<pre class=table>{escape(table(known(summary)))}</pre>")
         body += [MAPS_SHOW, "<div class=row>", *maps, "</div>"]
     body.append(data.pictures(model, joints))
     heading = escape(f"{settings.task}, router {title(settings)}")
