@@ -317,10 +317,11 @@ class Text:
 
         loss and perplexity are per token, bits_per_byte can be compared between tokenizers.
         """
-        mean = sums["loss"] / sums["count"]  # a tensor in training, else a float
-        perplexity = (
-            mean.exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
-        )  # not beyond a float
+        mean = sums["loss"] / sums["count"]
+        if torch.is_tensor(mean):  # in training
+            perplexity = mean.exp()
+        else:
+            perplexity = math.exp(min(mean, 700))  # beyond that a float overflows
         found = {"loss": mean, "perplexity": perplexity}
         if "bytes" in sums:
             found["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)

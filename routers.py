@@ -352,16 +352,15 @@ class Router(nn.Module):
         return routing
 
     def route(self, x, key):
-        """The Routing of x [G, T, D], by the gate's logits. Hash alone reads key [G, T]."""
+        """The Routing of x [G, T, D], by the gate's logits. Hash alone reads key [G, T].
+
+        decide() gets the logits [G, T, E] without and with noise; the z loss is added here.
+        """
         logits = self.logits(x)
         routing = self.decide(logits, self.add_noise(logits))
         routing.logits, routing.gates = logits, self.probabilities(logits)
         routing.losses["z"] = z_loss(logits)
         return routing
-
-    def decide(self, logits, noisy):
-        """Logits [G, T, E], without and with noise -> the Routing, but for its z loss."""
-        raise NotImplementedError(f"{type(self).__name__} must write decide() or route()")
 
     def logits(self, x):
         """Logits [G, T, E] of tokens x [G, T, D], in float32 at least; without noise."""

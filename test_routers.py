@@ -376,10 +376,8 @@ def slow_threshold(router, name, x, key):
 SLOW = dict(hash=slow_hash, expert_threshold=slow_threshold, soft=slow_soft)
 SLOW["sigmoid"] = slow_token_choice
 for kind in "", "sinkhorn_", "sparse_":
-    SLOW[f"{kind}token_choice"], SLOW[f"{kind}expert_choice"] = (
-        slow_token_choice,
-        slow_expert_choice,
-    )
+    SLOW[f"{kind}token_choice"] = slow_token_choice
+    SLOW[f"{kind}expert_choice"] = slow_expert_choice
 
 
 def slow_expert(experts, e, z):

@@ -939,14 +939,16 @@ def report_page(settings, data, model, summary, joints, record):
     body.append("</table></div>")
     body += ["<h2>Step by step</h2>", "<div class=row>"]
     body += [*health(read_lines(record.folder)), "</div>"]
-    maps = []
+    rows, maps = known(summary), []
+    if rows:
+        body.append("<h2>What experts know</h2>")
+        body.append(f"{KNOWN_SHOWS}<pre class=table>{escape(table(rows))}</pre>")
     for block, labels in joints.items():
         for name, (joint, names) in labels.items():
             if len(names) <= 24:  # more rows are no picture
                 maps.append(heat_map(f"block {block}: {name}", joint, names))
     if maps:
         body.append("<h2>Where the tokens of each label go</h2>")
-        body.append(f"{KNOWN_SHOWS}<pre class=table>{escape(table(known(summary)))}</pre>")
         body += [MAPS_SHOW, "<div class=row>", *maps, "</div>"]
     body.append(data.pictures(model, joints))
     heading = escape(f"{settings.task}, router {title(settings)}")
