@@ -1,21 +1,21 @@
 """A GPT with mixture-of-experts blocks, as studied in 2402.13089, and the text it learns from.
 
-The model is GPT-2's: pre-LN blocks, learned positions, tied embeddings. Every block that
---moe-blocks names (default: all) holds an MoE in place of its FFN. A group is a sequence: x
-[B, T, D] is already [G, T, D]. The axes of the study are settings: what is routed (--unit), how
-often (--scope), to how many experts (--top-k), by what weights (--router-weights). A routing that
-lets the future in is refused, unless --allow-leak.
+The model is GPT-2's: pre-LN blocks, learned positions, tied embeddings. Every block holds an MoE in
+place of its FFN, or those that --moe-blocks names. A group is a sequence: x [B, T, D] is already
+[G, T, D]. The axes of the study are settings: what is routed (--unit), how often (--scope), to how
+many experts (--top-k), by what weights (--router-weights).
 
-Text comes as documents with topics (the standard library of this Python, a folder, a file) or as
-nanoGPT's train.bin and val.bin. Block, GPT and Text have their twins in moe_vision.py: read the two
-files side by side.
+Text comes as documents with topics, or as nanoGPT's train.bin and val.bin. GPT, resolve() and Text
+have their twins in moe_vision.py, in the same order: read the two files side by side.
 """
 
 import collections
+import colorsys
 import html
-import json
+import itertools
 import keyword
 import math
+import os
 import pathlib
 import platform
 import re
@@ -24,14 +24,12 @@ import sysconfig
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
-from routers import MoE, color, rows_of_step, seeded, send
+from moe_vision import Block, fingerprint, printable, rows_of_step, seeded, send
+from routers import MoE
 
-UNIT = "sequences"  # speed is told in these per second
-SPLITS = ("validation",)  # what is evaluated; the last one is for the table
-EXAMINED = "all"  # the split on which experts are examined: topics need many documents
-MORE_IS_BETTER = False  # is a larger number better in the first of columns()?
 POSITION_STD = 0.02  # deviation of positions and embeddings at the start, as in GPT-2
 UNSCORED = -100  # the label of a position that is not scored
 
@@ -44,231 +42,170 @@ SIZES = {  # the model, then its budget; each entry is a setting of its own
                  steps=6000, batch_size=1024, grad_accum=64, lr=9.6e-4),
 }  # fmt: skip
 
-SETTINGS = {  # as in train.py: name: (kind, default, what it is)
-    "vocab_size": ("whole", None, "tokens at most, 256 bytes among them; .bin: all they hold"),
-    "context": ("whole", None, "tokens in a sequence"),
-    "score_from": ("whole", None, "first position that is scored; by default 1, or as --prefix"),
-    "replace_undecodable": (bool, False, "read bytes that are no UTF-8 as U+FFFD"),
+SETTINGS = {  # as in train.py: name: (type, default, what it is)
+    "vocab_size": (int, None, "tokens at most, 256 bytes among them; .bin files bring their own"),
+    "context": (int, None, "tokens in a sequence"),
+    "score_from": (int, None, "first position that is scored; by default 1, or as --prefix"),
     "unit": (("token", "sequence"), "token", "what is routed"),
-    "pool": (("prefix", "mean"), None, "route a sequence by its first tokens (default), or by all"),
-    "prefix": ("whole", None, "how many first tokens; by default 16"),
+    "pool": (("prefix", "mean"), "prefix", "route a sequence by its first tokens, or by all"),
+    "prefix": (int, 16, "how many first tokens"),
     "scope": (("layer", "global"), "layer", "routed in every block, or once after the embeddings"),
-    "hash_key": (("token", "topic"), None, "hash by token (default), or by topic, an oracle"),
-    "allow_leak": (bool, False, "run a routing that sees the future; results are labelled leaky"),
+    "allow_leak": (bool, False, "run a routing that sees the future; results are labeled leaky"),
+}
+SAMPLING = {  # with --sample
+    "prompt": (str, "", "text to go on from"),
+    "max_new_tokens": (int, 200, "tokens to write"),
+    "temperature": (float, 0.8, "0: always the likeliest token"),
+    "top_p": (float, 0.95, "draw from the likeliest tokens that hold this much probability"),
 }
 
 
 # ---------------------------------------------------------------- the model
-class Block(nn.Module):
-    """x + attend(x), then x + feed(norm2(x)). No forward(): the model runs both steps."""
-
-    def __init__(self, dim, heads, feed):
-        super().__init__()
-        self.heads, self.feed = heads, feed
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def attend(self, x):
-        """x [B, T, D] -> what attention adds to it."""
-        B, T, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads]
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(B, T, D))
-
-
 class GPT(nn.Module):
-    """tokens [B, T], topic [B] or None -> logits [B, T, V] and {block: Routing}.
+    """tokens [B, T] -> logits [B, T, V] and {block: Routing}.
 
-    unit="sequence": the batch is one group, each sequence one token in it, T*D wide, which an
-    expert takes as T vectors of D. A sequence is routed by the mean of its first `prefix`
-    positions, or of all if None. scope="global": one routing, made after the embeddings, serves
-    all blocks. hash_key="topic": hash goes by topic.
+    By default each MoE is called as in ViT, with the token ids for hash. unit="sequence": the batch
+    is one group in which each sequence counts as one token of width T*D; the expert works on its T
+    vectors. It is routed by the mean of its first `prefix` positions, or of all if None.
+    scope="global": one routing, made after the embeddings, serves all blocks.
     """
 
-    def __init__(self, vocab_size, context, dim, heads, feeds, unit, scope, prefix, hash_key):
+    def __init__(self, vocab_size, context, dim, heads, ffns, unit, scope, prefix):
         super().__init__()
-        self.context, self.unit, self.scope = context, unit, scope
-        self.prefix, self.hash_key = prefix, hash_key
+        self.context, self.unit, self.scope, self.prefix = context, unit, scope, prefix
         self.embed = nn.Embedding(vocab_size, dim)
         self.position = nn.Parameter(torch.randn(context, dim) * POSITION_STD)
-        self.blocks = nn.ModuleList(Block(dim, heads, feed) for feed in feeds)
+        self.blocks = nn.ModuleList(Block(dim, heads, ffn, causal=True) for ffn in ffns)
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.embed.weight, std=POSITION_STD)
         if scope == "global":
             for moe in self.moes():
                 moe.router = self.moes()[0].router
 
-    def forward(self, tokens, topic=None):
+    def moes(self):
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+
+    def forward(self, tokens):
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        key = tokens if self.hash_key == "token" else topic[:, None].expand_as(tokens)
         given = None  # or the one Routing of all blocks, made before any block's own norm
         if self.scope == "global":
-            given = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), key)
+            given = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), tokens)
+
+        def run_moe(moe, z):
+            """What the MoE makes of z [B, T, D], and its Routing."""
+            routing = self.route(moe, z, tokens) if given is None else given
+            groups = z if self.unit == "token" else z.flatten(1)[None]  # or [1, B, T * D]
+            y, _ = moe(groups, routing=routing)
+            return y.view_as(z), routing
+
         routings = {}
         for i, block in enumerate(self.blocks):
-            x = x + block.attend(x)
-            y, routing = self.feed_step(block, x, key, given)
-            x = x + y
+            x, routing = block(x, run_moe)
             if routing is not None:
                 routings[i] = routing
         return F.linear(self.norm(x), self.embed.weight), routings
 
-    def feed_step(self, block, x, key, given):
-        """What the block's FFN or MoE adds to x [B, T, D], and its Routing; an FFN has none."""
-        z = block.norm2(x)
-        if not isinstance(block.feed, MoE):
-            return block.feed(z), None
-        routing = given
-        if routing is None:
-            routing = self.route(block.feed, z, key)
-        if self.unit == "sequence":
-            z = z.flatten(1)[None]  # [1, B, T * D]
-        y, _ = block.feed(z, routing=routing)
-        return y.view_as(x), routing
-
-    def route(self, moe, x, key):
-        """The Routing of x [B, T, D], key [B, T]: B groups of tokens, or one of B sequences."""
+    def route(self, moe, z, tokens):
+        """The Routing of z [B, T, D]: of B groups of tokens, or of one group of B sequences."""
         if self.unit == "token":
-            return moe.router(x, key)
-        pooled = x[:, : self.prefix].mean(1)  # [B, D]
-        return moe.router(pooled[None], key[None, :, 0])  # hash goes by a sequence's first key
-
-    def moes(self):
-        return [block.feed for block in self.blocks if isinstance(block.feed, MoE)]
+            return moe.router(z, tokens)
+        pooled = z[:, : self.prefix].mean(1)  # [B, D]
+        return moe.router(pooled[None], tokens[None, :, 0])  # hash goes by a sequence's first token
 
 
-def moe_blocks(depth):
-    """every block (as in the study)"""
-    return list(range(depth))
-
-
-def settle(settings, router, said):
+def resolve(settings, router, overrides):
     """Fill in what follows from other settings; ValueError where they clash, or for a leak.
 
-    router: as the model will hold it, or None for dense. said: {setting: value}, the user's words.
-    Returns the remark beside every result: "", "leaky" or "topic oracle".
+    router: as the model will hold it, or None for dense. overrides: {setting: value} that the user
+    gave. Returns the label of all results: "" or "leaky".
     """
     s = settings
+    if s.moe_blocks is None:
+        s.moe_blocks = list(range(s.depth))  # as in the study
+    if s.data not in (None, *DATASETS):
+        s.data = str(pathlib.Path(s.data).absolute())  # to be found again from any folder
+    if holds_bins(s.data):
+        s.vocab_size = None  # the files bring their own
+    if "renormalize" not in overrides and hasattr(s, "renormalize"):
+        s.renormalize = s.top_k > 1  # as the study most likely did
+    if s.router == "dense":
+        s.unit, s.scope = "token", "layer"
     if s.unit == "sequence" and torch.distributed.is_initialized():
         raise ValueError("--unit sequence routes the batch as one group; it runs in one process")
-    if s.unit == "sequence":
-        alone = router.chooses == "tokens" and router.causal
-        if not alone or router.capacity(1) is not None:
-            rule = "--unit sequence needs a dropless router that judges each sequence alone"
-            why = "one sequence would take another's place"
-            raise ValueError(f"{rule}, not {s.router} with these options: {why}")
-    if "renormalize" not in said and hasattr(s, "renormalize"):
-        s.renormalize = s.top_k > 1  # as the study most likely did
-    if "vocab_size" not in said and holds_bins(s.data):
-        s.vocab_size = None  # as many as the files hold
-    s.hash_key = s.hash_key or "token"
-    s.pool = s.pool or "prefix"
-    s.prefix = s.prefix or 16
-    # A sequence's router reads its first `seen` tokens; these, or at least the first, go unscored.
-    seen = s.prefix if reads_sequences(s) and s.pool == "prefix" else 1
-    s.score_from = s.score_from or seen
-    for flag, value in ("--prefix", seen), ("--score-from", s.score_from):
+    if s.unit == "token" or s.router == "hash":  # hash reads the first token of a sequence
+        s.pool, s.prefix = "prefix", 1
+    elif router.chooses != "tokens" or not router.causal or s.capacity_factor is not None:
+        raise ValueError("--unit sequence needs a dropless router that judges each sequence alone")
+    if s.pool == "mean":
+        s.prefix = 1
+    # The router has read the prefix, so it is not scored; nor is token 0, which nothing predicts.
+    s.score_from = s.score_from or s.prefix
+    for flag, value in ("--prefix", s.prefix), ("--score-from", s.score_from):
         if value > s.context:
             raise ValueError(f"{flag} must be at most --context {s.context}, got {value}")
-    why = leak(s, router)
-    if why and not s.allow_leak:
-        rule = "That flatters the loss on text; --allow-leak runs it all the same"
-        raise ValueError(f"{why}. {rule}, every number labelled leaky")
-    if why:
-        return "leaky"
-    return "topic oracle" if s.hash_key == "topic" else ""
+    leak = find_leak(s, router)
+    if leak and not s.allow_leak:
+        rule = "The loss would be better than the model is"
+        raise ValueError(f"{leak}. {rule}; --allow-leak runs it, every number labeled leaky")
+    return "leaky" if leak else ""
 
 
-def reads_sequences(settings):
-    """Does the routing read several tokens of a sequence? Hash reads its first key alone."""
-    return settings.unit == "sequence" and settings.router not in ("hash", "dense")
-
-
-def leak(settings, router):
-    """Why the routing of a token depends on later ones; "" if it does not."""
-    s = settings
+def find_leak(settings, router):
+    """How the future gets into a routing, or ""."""
     if router is not None and not router.causal:
-        rule = "is not causal with these options (token_choice is, by default)"
-        return f"--router {s.router} {rule}: what a token gets depends on later tokens"
-    if reads_sequences(s) and s.pool == "mean":
+        return f"--router {settings.router} is not causal with these options: later tokens decide"
+    if settings.pool == "mean":
         return "--pool mean routes a sequence by later tokens too; --pool prefix does not"
-    if reads_sequences(s) and s.score_from < s.prefix:
-        rule = f"tokens that the routing, by the first {s.prefix}, has seen"
-        return f"--score-from {s.score_from} scores {rule}"
+    if settings.score_from < settings.prefix:
+        return f"--score-from {settings.score_from} would score tokens that the router has read"
     return ""
-
-
-def unused(settings):
-    """{setting: why it has no effect beside the others}."""
-    found = {}
-    if settings.router == "dense":
-        why = "--unit sequence and --scope global are for routers; --router dense has none"
-        found["unit"] = found["scope"] = why
-    if settings.router != "hash":
-        found["hash_key"] = f"--hash-key is for --router hash, not {settings.router}"
-    if not reads_sequences(settings):
-        why = "--pool and --prefix are for --unit sequence and a router that reads tokens"
-        found["pool"] = found["prefix"] = why
-    elif settings.pool == "mean":
-        found["prefix"] = "--prefix is for --pool prefix, not mean"
-    if holds_bins(settings.data):
-        found["replace_undecodable"] = "--replace-undecodable is for text; .bin files hold tokens"
-    return found
 
 
 # ---------------------------------------------------------------- what train.py asks of text
 class Text:
     """Windows of `context` tokens, each within one document; or of nanoGPT's .bin files.
 
-    Reading sets about, vocab_size and parts[name]: tokens [N] and where each window starts
-    [windows], of documents also each window's document and topic. Of documents it also sets
+    Reading sets description, fingerprint, vocab_size and parts[name]: windows [W, T + 1], each
+    beginning with the last token of the one before, and the document of each. Of text it also sets
 
     tokenizer, bytes_of  its pieces of text, and the bytes in each; .bin files have None
-    topics, topic_names  all topics (none if there is one alone), and the names of the ten largest
-    label_of_topic       topic -> its place in topic_names, or -1
-    classes, class_of    CODE or PROSE, and the class of each token
+    topics, topic_of     names of the ten largest; each document's place among them, or -1
+    classes, class_of    CODE or PROSE; each token's place in it
 
-    A batch is {"input": [B, T], "label": [B, T]}, of documents also
-    "document" [B], "topic" [B] and "bytes" [B, T], how many bytes each label spells. batch(step,
-    part) gives the slice `part` of the step's batch, the same for every run of one seed;
-    split(name) the batches of a part.
+    A batch is {"input": [B, T], "label": [B, T], "document": [B]}, of text also "bytes" [B, T], how
+    many bytes each label spells. batch(step, part) gives the slice `part` of the step's batch, the
+    same for every run of one seed; split(name) the batches of a part.
     """
 
-    def __init__(self, settings, device, folder=None):
-        """folder: the run whose tokenizer is used; None: a new one is learned."""
+    examples = "sequences"  # speed is told in these per second
+    splits = ("validation",)  # what is evaluated; the last one is for the table
+    examined = "all"  # the split on which experts are examined: topics need many documents
+
+    def __init__(self, settings, device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.context = self.tokens = settings.context
         self.score_from, self.device = settings.score_from, torch.device(device)
-        self.parts, self.topics, self.tokenizer, self.facts = {}, [], None, {}
+        self.parts, self.topics, self.tokenizer = {}, [], None
         if holds_bins(settings.data):
-            self.read_bins(pathlib.Path(settings.data), settings.vocab_size)
+            self.read_bins(pathlib.Path(settings.data))
         else:
-            self.read_text(settings, folder)
-        self.sizes = {part: len(starts) for part, (_, starts, *_) in self.parts.items()}
-        for part, count in self.sizes.items():
-            if not count:
-                rule = f"shorter than one window of {self.context + 1} tokens"
-                raise ValueError(f"{self.about}: the {part} part is {rule}")
+            self.read_text(settings)
+        self.sizes = {part: len(windows) for part, (windows, _) in self.parts.items()}
         train, held = self.sizes["train"], self.sizes["validation"]
-        if self.batch_size > train:
-            larger = f"--batch-size {self.batch_size} is larger than the data"
-            raise ValueError(f"{larger}: {train} training windows")
+        windows = f"{train} training and {held} validation windows of {self.context} tokens"
+        self.description += f"; {windows}"
+        if not held or self.batch_size > train:
+            raise ValueError(f"{self.description}: too few for --batch-size {self.batch_size}")
         self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # evenly spread
-        spread = f"{len(self.scored)} of {held} validation windows"
-        self.about += f"; {train} training windows of {self.context} tokens, {spread}"
 
-    def build(self, settings, make_feed):
-        """The GPT; make_feed(block) gives each block its FFN or MoE."""
-        s, V = settings, self.vocab_size
-        if s.hash_key == "topic" and not self.topics:
-            where = "folders below --data, or the standard library"
-            raise ValueError(f"--hash-key topic needs text in at least two topics: {where}")
+    def build(self, settings, make_ffn):
+        """The GPT; make_ffn(block) gives each block its FFN or MoE."""
+        s = settings
         if s.router == "hash" and s.num_keys is None:
-            s.num_keys = len(self.topics) if s.hash_key == "topic" else V  # for make_feed
-        feeds = [make_feed(block) for block in range(s.depth)]
+            s.num_keys = self.vocab_size  # for make_ffn
+        ffns = [make_ffn(block) for block in range(s.depth)]
         prefix = s.prefix if s.pool == "prefix" else None
-        return GPT(V, s.context, s.dim, s.heads, feeds, s.unit, s.scope, prefix, s.hash_key)
+        return GPT(self.vocab_size, s.context, s.dim, s.heads, ffns, s.unit, s.scope, prefix)
 
     def batch(self, step, part=slice(None)):
         """Training windows, epoch by epoch in a fresh order."""
@@ -279,36 +216,36 @@ class Text:
         """The validation windows that are scored; or "all", up to 4096 windows of all documents."""
         chosen = {"validation": self.scored}
         if name == "all":
-            share = min(1, 4096 / sum(self.sizes.values()))
-            chosen = {}
-            for part, count in self.sizes.items():
-                chosen[part] = np.linspace(0, count - 1, math.ceil(share * count)).astype(int)
-        size = max(1, 8192 // self.context)
+            share, chosen = min(1, 4096 / sum(self.sizes.values())), {}
+            for part, size in self.sizes.items():
+                chosen[part] = np.linspace(0, size - 1, math.ceil(share * size)).astype(int)
+        most = max(1, 8192 // self.context)  # windows in a batch
         for part, rows in chosen.items():
-            for i in range(0, len(rows), size):
-                yield self.ready(part, rows[i : i + size])
+            for i in range(0, len(rows), most):
+                yield self.ready(part, rows[i : i + most])
+
+    def few(self, count):
+        """A batch of so many of the scored windows."""
+        return self.ready("validation", self.scored[:: max(1, len(self.scored) // count)][:count])
 
     def ready(self, part, rows):
         """These windows of a part as a batch."""
-        tokens, starts, *of_window = self.parts[part]
-        window = tokens[starts[rows][:, None] + np.arange(self.context + 1)]
-        window = torch.from_numpy(window.astype(np.int64))  # [B, T + 1]
+        windows, document = self.parts[part]
+        window = torch.from_numpy(windows[rows].astype(np.int64))  # [B, T + 1]
         label = window[:, 1:].clone()
         label[:, : self.score_from - 1] = UNSCORED  # label[:, i] is the token at position i + 1
-        batch = {"input": window[:, :-1], "label": label}
-        for name, values in zip(("document", "topic"), of_window):
-            batch[name] = torch.from_numpy(values[rows])
+        batch = {"input": window[:, :-1].contiguous(), "label": label}
+        batch["document"] = torch.from_numpy(document[rows])
         if self.tokenizer:
             batch["bytes"] = self.bytes_of[label.clamp(min=0)] * (label >= 0)
         return {name: send(value, self.device) for name, value in batch.items()}
 
     def loss(self, model, batch):
         """Mean cross-entropy of scored labels, counts for metrics() {name: sum}, the routings."""
-        logits, routings = model(batch["input"], batch.get("topic"))
-        counts = {"count": (batch["label"] >= 0).sum()}
+        logits, routings = model(batch["input"])
+        label, counts = batch["label"].flatten(), {"count": (batch["label"] >= 0).sum()}
         if "bytes" in batch:
             counts["bytes"] = batch["bytes"].sum()
-        label = batch["label"].flatten()
         loss = F.cross_entropy(logits.flatten(0, 1), label, ignore_index=UNSCORED)
         return loss, counts, routings
 
@@ -319,9 +256,9 @@ class Text:
         """
         mean = sums["loss"] / sums["count"]
         if torch.is_tensor(mean):  # in training
-            perplexity = mean.exp()
+            perplexity = mean.clamp(max=88).exp()  # beyond that it is no number of 32 bits
         else:
-            perplexity = math.exp(min(mean, 700))  # beyond that a float overflows
+            perplexity = math.exp(min(mean, 700))
         found = {"loss": mean, "perplexity": perplexity}
         if "bytes" in sums:
             found["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
@@ -330,199 +267,143 @@ class Text:
     def labels(self, batch, start):
         """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the number of the document or token that has this one label; None: no NMI, only a
-        map. Label -1 is none. `start` windows came before this batch.
+        owner: the id of the document or token that a label belongs to; -1: counted, but no NMI.
+        Label -1 is none. `start` windows came before this batch.
         """
         if self.tokenizer is None:
             return {}
         tokens = batch["input"].cpu()
         each = start * self.context + torch.arange(tokens.numel()).view_as(tokens)
-        found = {"token": (tokens, None, self.tokenizer.pieces)}
+        found = {"token": (tokens, torch.full_like(tokens, -1), self.tokenizer.pieces)}
         found["token class"] = self.class_of[tokens], each, list(self.classes)
         if self.topics:
-            topic = self.label_of_topic[batch["topic"].cpu()][:, None].expand(tokens.shape)
             document = batch["document"].cpu()[:, None].expand(tokens.shape)
-            found["topic"] = topic, document, self.topic_names
+            found["topic"] = self.topic_of[document], document, self.topics
         return found
 
     @torch.no_grad()
     def report(self, settings, model, fresh):
-        """Facts of the text; of a leaky model also the metrics of 32 windows, twice.
+        """Of a leaky model the metrics of 32 windows, twice.
 
         as_scored: all tokens at once. as_generated: later tokens hidden, as when the model writes.
         """
-        facts = self.facts | {"vocab_size": self.vocab_size}
-        if settings.remark != "leaky":
-            return facts
-        batch = self.ready("validation", self.scored[:: max(1, len(self.scored) // 32)][:32])
+        if settings.label != "leaky":
+            return {}
+        batch = self.few(32)
         scored, counts, _ = self.loss(model, batch)
-        generated = 0.0
+        generated, found = 0.0, {}
         for end in range(settings.score_from, settings.context + 1):
-            logits, _ = model(batch["input"][:, :end], batch.get("topic"))
+            logits, _ = model(batch["input"][:, :end])
             label = batch["label"][:, end - 1]
             generated += F.cross_entropy(logits[:, -1], label, reduction="sum")
         for way, loss in ("as_scored", scored * counts["count"]), ("as_generated", generated):
             metrics = self.metrics(counts | {"loss": loss})
-            facts[way] = {name: float(value) for name, value in metrics.items()}
-        return facts
+            found[way] = {name: float(value) for name, value in metrics.items()}
+        return found
 
-    def files(self):
-        """What a run folder keeps of its data, {file name: content}."""
-        if self.tokenizer is None:
-            return {}
-        known = self.tokenizer.pieces[256:]
-        return {"tokenizer.json": [lexeme.decode("latin-1") for lexeme in known]}
+    def columns(self, summary):
+        """The table's columns that are this task's own: {name: number or None}."""
 
-    def tell(self, model, joints):
-        """What is printed of the experts at the end: the commonest tokens of each.
+        def bits(part):
+            return summary.get(part, {}).get("bits_per_byte")
 
-        joints: the maps of specialisation() in train.py.
-        """
+        found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
+        found["dropless"] = bits("validation_dropless")
+        if bits("as_generated"):  # estimated: the loss of all + (generated - scored) of 32 windows
+            lost = bits("as_generated") - bits("as_scored")
+            found["as generated"] = bits("validation") + lost
+        return found
+
+    def score(self, summary):
+        """By which the rows of a table are ranked; more is better."""
+        return -summary["validation"].get("bits_per_byte", summary["validation"]["loss"])
+
+    def notes(self, contingency):
+        """What is printed of the experts at the end: the commonest tokens of each."""
         lines = []
-        for block, labels in joints.items():
-            if "token" not in labels:
-                continue
-            joint, pieces = labels["token"]
-            for expert, share in enumerate(joint[:, :-1].T):  # the last column is no expert
+        for block, labels in contingency.items():  # none of .bin files
+            counts, pieces = labels["token"]
+            for expert, share in enumerate(counts[:, :-1].T):  # the last column is no expert
                 commonest = [pieces[i] for i in share.topk(12).indices if share[i] > 0]
                 words = [repr(piece.decode("utf-8", "replace"))[1:-1] for piece in commonest]
                 lines.append(f"block {block}, expert {expert}: {' '.join(words)}")
         return "\n".join(lines)
 
     @torch.no_grad()
-    def pictures(self, model, joints):
-        """The report page's part on text: HTML with validation text coloured by expert."""
-        if self.tokenizer is None or not joints:
+    def pictures(self, model):
+        """The report page's part on text, HTML: validation text colored by expert."""
+        if self.tokenizer is None:
             return ""
-        batch = self.ready("validation", self.scored[:: max(1, len(self.scored) // 3)][:3])
-        page = ["<h2>Validation text, coloured by expert</h2>"]
-        _, routings = model(batch["input"], batch.get("topic"))
-        for block, routing in routings.items():
-            mass = routing.mass()
-            E = mass.shape[-1]
-            legend = [on_page(f" expert {e} ", *color(e, E, lightness=0.8)) for e in range(E)]
-            legend.append(on_page(" no expert ", *color(E, E)))
-            page.append(f"<h3>block {block}</h3><p>{' '.join(legend)}</p>")
-            for tokens, of_tokens in zip(batch["input"], mass.view(len(batch["input"]), -1, E)):
-                text = painted(tokens, of_tokens, self.tokenizer, on_page)
-                page.append(f"<pre>{text}</pre>")
-        return "\n".join(page)
+        tokens, page = self.few(3)["input"], ""
+        for block, routing in model(tokens)[1].items():
+            weights = routing.expert_weights
+            E = weights.shape[-1]
+            page += f"<h3>Block {block}: validation text, each token in its expert's color</h3>"
+            for e in range(E):
+                page += on_page(f" expert {e} ", e, E) + " "
+            page += on_page(" no expert ", E, E)
+            for of_text, some in zip(tokens, weights.view(len(tokens), -1, E)):
+                page += f"<pre>{painted(of_text, some, self.tokenizer.pieces)}</pre>"
+        return page
 
-    # Reading: what fills parts, topics, tokenizer, about and facts.
-    def read_bins(self, path, vocab_size):
-        """nanoGPT's files: tokens of two bytes; vocab_size None: as large as they need."""
-        largest = 0
+    # Reading: what fills parts, and whatever else is known of the data.
+    def read_bins(self, path):
+        """nanoGPT's files: tokens of two bytes."""
+        largest, found = 0, []
         for part, name in ("train", "train.bin"), ("validation", "val.bin"):
-            file = path / name
-            size = file.stat().st_size if file.is_file() else 0
-            if size < 2 or size % 2:
-                raise ValueError(f"{file} must hold tokens of two bytes each, got {size} bytes")
-            ids = np.memmap(file, np.uint16, "r")
-            self.parts[part] = ids, np.arange(0, len(ids) - self.context, self.context)
+            size = (path / name).stat().st_size
+            if size % 2 or size <= 2 * self.context:
+                rule = f"more than {self.context} tokens of two bytes each"
+                raise ValueError(f"{path / name} must hold {rule}, got {size} bytes")
+            ids = np.memmap(path / name, np.uint16, "r")
+            windows = sliding_window_view(ids, self.context + 1)[:: self.context]  # not in memory
+            self.parts[part] = windows, np.zeros(len(windows), int)
             largest = max(largest, int(ids.max()))
-            if vocab_size and largest >= vocab_size:
-                rule = f"beyond --vocab-size {vocab_size}"
-                raise ValueError(f"{path}: {part} holds token {largest}, {rule}")
-        self.vocab_size = vocab_size or 64 * (largest // 64 + 1)  # a multiple of 64 runs faster
-        self.about = f"{path.resolve().name}: nanoGPT's format, vocabulary of {self.vocab_size}"
+            found.append(ids)
+        self.fingerprint = fingerprint(*found)
+        self.vocab_size = 64 * (largest // 64 + 1)  # a multiple of 64 runs faster
+        self.description = f"{printable(path)}: nanoGPT's format, vocabulary of {self.vocab_size}"
 
-    def read_text(self, settings, folder):
-        most = settings.vocab_size
-        if most is not None and most < 256:
-            raise ValueError(f"--vocab-size must be at least 256 for text, its bytes, got {most}")
-        documents = read_documents(settings.data, settings.replace_undecodable)
+    def read_text(self, settings):
+        if settings.vocab_size < 256:
+            raise ValueError("--vocab-size must be at least 256 for text: all bytes are tokens")
+        documents = read_documents(settings.data)
+        whole = b"".join(os.fsencode(document.name) + document.raw for document in documents)
+        code = fingerprint(np.frombuffer(whole, np.uint8))
+        self.fingerprint = f"{len(documents)} documents, bytes: {code}"
         # A document of at most `context` bytes cannot fill a window.
-        long = [document for document in documents if len(document[2]) > self.context]
+        long = [document for document in documents if len(document.raw) > self.context]
         train, validation = divide(long or documents)
-        if folder:
-            self.tokenizer = Tokenizer.read(folder / "tokenizer.json")
-        else:
-            self.tokenizer = Tokenizer.learn((raw for _, _, raw in train), most)
-        pieces = self.tokenizer.pieces
-        self.vocab_size = len(pieces)
-        self.bytes_of = torch.tensor(list(map(len, pieces)))
-        topic_of, names, texts = zip(*documents)
-        topics = sorted(set(topic_of))
-        self.topics = topics if len(topics) > 1 else []
-        used = self.window("train", train, topics)
-        used += self.window("validation", validation, topics, first=len(train))
-        self.name_topics(topics)
-        self.classes = CODE if all(name.endswith(".py") for name in names) else PROSE
+        self.tokenizer = Tokenizer.learn((d.raw for d in train), settings.vocab_size)
+        pieces, topics = self.tokenizer.pieces, []  # topics: of each document that fills a window
+        for part, chosen in ("train", train), ("validation", validation):
+            windows, number = [np.empty((0, self.context + 1), np.int32)], []
+            for document in chosen:
+                ids = self.tokenizer.encode(document.raw)
+                if len(ids) > self.context:
+                    windows.append(sliding_window_view(ids, self.context + 1)[:: self.context])
+                    number += [len(topics)] * len(windows[-1])
+                    topics.append(document.topic)
+            self.parts[part] = np.concatenate(windows), np.array(number, int)
+        if len(set(topics)) > 1:
+            largest = collections.Counter(sorted(topics)).most_common(10)  # ties: the first by name
+            place = {topic: i for i, (topic, _) in enumerate(largest)}
+            self.topics = list(place)
+            self.topic_of = torch.tensor([place.get(topic, -1) for topic in topics])
+        is_code = all(document.name.endswith(".py") for document in documents)
+        self.classes = CODE if is_code else PROSE
         kinds = [token_class(i, piece, self.classes) for i, piece in enumerate(pieces)]
-        self.class_of = torch.tensor(kinds)
-        held = torch.from_numpy(self.parts["validation"][0])
-        self.facts = {"bytes_per_token": float(self.bytes_of[held].double().mean())}
+        self.class_of, self.bytes_of = torch.tensor(kinds), torch.tensor(list(map(len, pieces)))
+        self.vocab_size = len(pieces)
         name = f"standard library of Python {platform.python_version()}"
-        if settings.data:
-            name = pathlib.Path(settings.data).resolve().name
-        size = sum(map(len, texts))
-        self.about = (
-            f"{name}: {len(documents)} documents, {len(topics)} topics, {size / 1e6:.1f} MB "
-            f"({100 - 100 * used / size:.1f} % left out: tails and short documents), vocabulary of "
-            f"{self.vocab_size}, {self.facts['bytes_per_token']:.2f} bytes a token"
-        )
-
-    def window(self, part, documents, topics, first=0):
-        """Set parts[part] from documents, numbered from `first`; returns the bytes in windows."""
-        tokens, starts, document, topic = [], [], [], []
-        end = used = 0
-        for number, (topic_name, _, raw) in enumerate(documents, first):
-            ids = self.tokenizer.encode(raw)
-            windows = max(0, len(ids) - 1) // self.context
-            tokens.append(ids)
-            starts.append(end + self.context * np.arange(windows))
-            document.append(np.full(windows, number))
-            topic.append(np.full(windows, topics.index(topic_name)))
-            end += len(ids)
-            used += int(self.bytes_of[torch.from_numpy(ids[: windows * self.context])].sum())
-        self.parts[part] = tuple(map(np.concatenate, (tokens, starts, document, topic)))
-        return used
-
-    def name_topics(self, topics):
-        """The ten topics with the most documents are labels 0 to 9; any other is label -1."""
-        topic_of = {}
-        for _, _, document, topic in self.parts.values():
-            topic_of.update(zip(document.tolist(), topic.tolist()))
-        documents = collections.Counter(sorted(topic_of.values()))  # ties: the first by name
-        self.label_of_topic, self.topic_names = torch.full((len(topics),), -1), []
-        for place, (topic, _) in enumerate(documents.most_common(10)):
-            self.label_of_topic[topic] = place
-            self.topic_names.append(topics[topic])
+        if settings.data is not None:
+            name = printable(settings.data)
+        self.description = f"{name}: {len(documents)} documents, vocabulary of {self.vocab_size}"
 
 
-class Vocabulary(Text):
-    """A run's tokenizer without its documents: all that sampling needs."""
-
-    def __init__(self, settings, device, folder):
-        if settings.task != "tokens" or not (folder / "tokenizer.json").is_file():
-            kind = f"a run of --task {settings.task} without a tokenizer"
-            raise ValueError(f"--sample {folder}: {kind} writes no text")
-        if settings.hash_key == "topic":
-            raise ValueError("this run routes by topic, and a prompt has none")
-        self.tokenizer = Tokenizer.read(folder / "tokenizer.json")
-        self.vocab_size, self.tokens = len(self.tokenizer.pieces), settings.context
-
-
-def columns(summary):
-    """The table's columns that are this task's own: {name: number or None}."""
-
-    def bits(part):
-        return summary.get(part, {}).get("bits_per_byte")
-
-    found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
-    found["dropless"] = bits("validation_dropless")
-    found["as generated"] = None
-    if bits("as_generated"):
-        # Measured on a few windows: what they lose is added to the loss of all windows.
-        found["as generated"] = bits("validation") + bits("as_generated") - bits("as_scored")
-    found["vocabulary"] = summary["vocab_size"]
-    found["bytes/token"] = summary.get("bytes_per_token")
-    return found
-
-
-def load(settings, device, folder=None):
+def load_data(settings, device):
     """The text that --data names. ValueError for text that is missing, broken or too short."""
-    return DATASETS.get(settings.data, Text)(settings, device, folder)
+    return DATASETS.get(settings.data, Text)(settings, device)
 
 
 DATASETS = {}  # what --data may name beside a path: {name: a class as Text}
@@ -557,17 +438,17 @@ class Tokenizer:
     """
 
     def __init__(self, known):
-        self.pieces = [bytes([i]) for i in range(256)] + list(known)
+        self.pieces = [bytes([i]) for i in range(256)] + known
         self.ids = {lexeme: 256 + i for i, lexeme in enumerate(known)}
         self.cache = {}  # {lexeme: its ids}, of those met so far
 
     @classmethod
-    def learn(cls, texts, vocab_size=None):
+    def learn(cls, texts, vocab_size=4096):
         """The lexemes, met at least twice, that cover the most bytes; vocab_size - 256 at most."""
         counts = collections.Counter(lexeme for text in texts for lexeme in lexemes(text))
         common = [lexeme for lexeme in counts if counts[lexeme] > 1]
         common.sort(key=lambda lexeme: (-counts[lexeme] * len(lexeme), lexeme))
-        return cls(common[: (vocab_size or 4096) - 256])
+        return cls(common[: vocab_size - 256])
 
     def encode(self, text):
         """bytes -> array [N] of ids."""
@@ -582,30 +463,17 @@ class Tokenizer:
         """The id of a known lexeme; of another, those of its longest known beginnings."""
         if lexeme in self.ids:
             return [self.ids[lexeme]]
-        ids, start = [], 0
-        while start < len(lexeme):
+        ids = []
+        while lexeme:
             end = len(lexeme)
-            while end > start + 1 and lexeme[start:end] not in self.ids:
+            while end > 1 and lexeme[:end] not in self.ids:
                 end -= 1
-            ids.append(self.ids[lexeme[start:end]] if end > start + 1 else lexeme[start])
-            start = end
+            ids.append(self.ids[lexeme[:end]] if end > 1 else lexeme[0])
+            lexeme = lexeme[end:]
         return ids
 
-    def decode(self, ids):
+    def to_text(self, ids):
         return b"".join(self.pieces[i] for i in ids)
-
-    @classmethod
-    def read(cls, path):
-        """The tokenizer that a run saved, a character a byte. ValueError for another file."""
-        try:
-            read = json.loads(path.read_text("utf-8"))
-            known = [lexeme.encode("latin-1") for lexeme in read]
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} holds no tokenizer: {error}") from None
-        if not isinstance(read, list) or b"" in known or len(set(known)) < len(known):
-            rule = "it must be a list of lexemes, none empty, none twice"
-            raise ValueError(f"{path} holds no tokenizer: {rule}")
-        return cls(known)
 
 
 # ---------------------------------------------------------------- what a token is
@@ -652,55 +520,53 @@ def token_class(token, piece, classes):
 
 
 # ---------------------------------------------------------------- documents
+Document = collections.namedtuple("Document", "topic name raw")  # raw: its bytes
+
+
 def holds_bins(data):
     """Is this a folder of nanoGPT's files?"""
-    names = "train.bin", "val.bin"
-    return data is not None and any(pathlib.Path(data, name).exists() for name in names)
+    return data is not None and os.path.exists(os.path.join(data, "train.bin"))
 
 
-def read_documents(path, replace=False):
-    """(topic, name, bytes) of every text; topics are the first-level subfolders of a folder.
+def read_documents(path):
+    """All texts, which must be UTF-8; the topics are the first-level subfolders of a folder.
 
     path None: the standard library without its tests; topics are top-level packages and modules.
-    ValueError for a path without text, and for bytes that are no UTF-8 (unless `replace`: U+FFFD).
     """
-    root = pathlib.Path(path or sysconfig.get_paths()["stdlib"])
-    folder, names = root.parent, [pathlib.Path(root.name)]
-    if not root.is_file():
-        folder, names = root, names_below(root, library=path is None)
+    root, skipped = pathlib.Path(path or sysconfig.get_paths()["stdlib"]), ()
+    if path is None:
+        skipped = "test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"
     documents = []
-    for name in names:
-        raw = (folder / name).read_bytes()
+    for file in files_below(root, skipped, set()):
+        if path is None and file.suffix != ".py":
+            continue
+        raw = file.read_bytes()
         try:
             raw.decode()
         except UnicodeDecodeError as error:
-            if not replace:
-                where = f"{folder / name} is not UTF-8 at byte {error.start}"
-                rule = "--replace-undecodable reads it all the same"
-                raise ValueError(f"{where}; {rule}") from None
-            raw = raw.decode("utf-8", "replace").encode()
-        topic = ""
+            raise ValueError(f"{file} is not UTF-8 at byte {error.start}") from None
+        name, topic = file.relative_to(root.parent if file == root else root), ""
         if len(name.parts) > 1 or path is None:
             topic = name.parts[0].removesuffix(".py")
-        documents.append((topic, str(name), raw))
-    if not any(raw for _, _, raw in documents):
-        raise ValueError(f"{root} {'holds no text' if root.exists() else 'does not exist'}")
+        documents.append(Document(topic, str(name), raw))
+    if not any(document.raw for document in documents):
+        raise ValueError(f"{root} holds no text, or does not exist")
     return documents
 
 
-def names_below(folder, library):
-    """The files below a folder, as paths from there; of the library, its Python files alone."""
-    pattern, skipped = "*", ()
-    if library:
-        pattern = "*.py"
-        skipped = "test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"
-    names = []
-    for file in sorted(folder.rglob(pattern)):
-        name = file.relative_to(folder)
-        hidden = any(part.startswith(".") or part in skipped for part in name.parts)
-        if file.is_file() and not hidden:
-            names.append(name)
-    return names
+def files_below(path, skipped, seen):
+    """The file of this path, or the files below it, also through links; no folder twice."""
+    if path.is_file():
+        yield path
+    elif path.is_dir() and path.resolve() not in seen:  # links may lead in a circle
+        seen.add(path.resolve())
+        try:
+            inside = sorted(path.iterdir())
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        for inner in inside:
+            if not inner.name.startswith(".") and inner.name not in skipped:
+                yield from files_below(inner, skipped, seen)
 
 
 def divide(documents):
@@ -711,25 +577,39 @@ def divide(documents):
     if len(documents) == 1:
         topic, name, raw = documents[0]
         cut = len(raw) * 9 // 10
-        while cut < len(raw) and inside_character(raw[cut : cut + 1]):
-            cut += 1
-        return [(topic, name, raw[:cut])], [(topic, name, raw[cut:])]
-    sizes = collections.Counter(topic for topic, _, _ in documents)
+        return [Document(topic, name, raw[:cut])], [Document(topic, name, raw[cut:])]
+    sizes = collections.Counter(document.topic for document in documents)
     groups = collections.defaultdict(list)
-    # Mixed by their names alone: one document more leaves the others in order.
-    mixed = sorted(documents, key=lambda d: seeded("validation split", d[1]).initial_seed())
+    # Shuffled by a hash of the name, so that a new document moves no other.
+    mixed = sorted(documents, key=lambda d: seeded("validation split", d.name).initial_seed())
     for document in mixed:
-        alone = sizes[document[0]] == 1
-        groups[None if alone else document[0]].append(document)
+        alone = sizes[document.topic] == 1
+        groups[None if alone else document.topic].append(document)
     train, validation = [], []
     for group in groups.values():
         tenth = min(len(group) - 1, max(1, round(len(group) / 10)))
-        train.extend(group[tenth:])
-        validation.extend(group[:tenth])
+        train += group[tenth:]
+        validation += group[:tenth]
     return train, validation
 
 
-# ---------------------------------------------------------------- sampling, with --sample
+# ---------------------------------------------------------------- sampling, and colored text
+def sample(model, tokenizer, saved, asked):
+    """Prompt and continuation by the run of `saved` settings; ValueError for what it cannot write.
+
+    asked: prompt, max_new_tokens, temperature, top_p and seed.
+    """
+    prompt = tokenizer.encode(asked.prompt.encode("utf-8", "surrogateescape")).tolist()
+    if saved.pool == "mean":
+        raise ValueError("this run routes by the mean of a whole sequence, known at its end")
+    if len(prompt) < saved.prefix:  # the router reads them
+        rule = f"--prompt needs at least {saved.prefix} tokens in this run"
+        raise ValueError(f"{rule}, got {len(prompt)}")
+    count, temperature = asked.max_new_tokens, asked.temperature
+    tokens = generate(model, prompt, count, temperature, asked.top_p, asked.seed)
+    return tokenizer.to_text(tokens).decode("utf-8", "replace")
+
+
 @torch.no_grad()
 def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
     """`count` more tokens after a list: the likeliest at temperature 0, else drawn within top_p."""
@@ -738,7 +618,8 @@ def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
         logits, _ = model(context)
         chance = (logits[0, -1].float().cpu() / max(temperature, 1e-6)).softmax(-1)
         chance, order = chance.sort(descending=True, stable=True)
-        chance[1:][chance.cumsum(0)[:-1] >= top_p] = 0  # the first is always kept
+        likelier = chance.cumsum(0) - chance  # the probability of the tokens before this one
+        chance[1:][likelier[1:] >= top_p] = 0  # the first is always kept
         place = 0
         if temperature > 0:
             place = int(chance.multinomial(1, generator=seeded(seed, "sample", step)))
@@ -746,63 +627,29 @@ def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
     return tokens
 
 
-def sample(model, tokenizer, saved, asked, colored):
-    """Prompt and continuation by the run of `saved` settings; ValueError for what it cannot write.
+def painted(tokens, weights, pieces):
+    """HTML of tokens [T], each stretch of one expert on its color.
 
-    asked: prompt, max_new_tokens, temperature, top_p and seed. colored: for a terminal, by the last
-    block's experts, as far back as the model's context reaches.
+    weights [T, E], or [1, E] of a sequence routed whole; a token's expert has the most of it.
     """
-    prompt = tokenizer.encode(asked.prompt.encode("utf-8", "surrogateescape")).tolist()
-    if not prompt:
-        raise ValueError("--prompt is empty; sampling needs something to go on from")
-    if reads_sequences(saved) and saved.pool == "mean":
-        raise ValueError("this run routes by the mean of a whole sequence, known at its end")
-    if reads_sequences(saved) and len(prompt) < saved.prefix:
-        rule = f"this run routes by the first {saved.prefix} tokens"
-        raise ValueError(f"{rule}; --prompt has only {len(prompt)}")
-    count, temperature = asked.max_new_tokens, asked.temperature
-    tokens = generate(model, prompt, count, temperature, asked.top_p, asked.seed)
-    shown = tokens[-model.context :]
-    while len(shown) > 1 and inside_character(tokenizer.pieces[shown[0]]):
-        shown = shown[1:]
-    routings = model(torch.tensor([shown], device=model.position.device))[1]
-    if not colored or not routings:
-        return tokenizer.decode(tokens).decode("utf-8", "replace")
-    mass = list(routings.values())[-1].mass()
-    before = tokenizer.decode(tokens[: -len(shown)]).decode("utf-8", "replace")
-    return before + painted(torch.tensor(shown), mass[0], tokenizer, on_terminal)
+    E, page, start = weights.shape[-1], "", 0
+    experts = torch.where(weights.sum(-1) > 0, weights.argmax(-1), E)  # E: no expert
+    for expert, stretch in itertools.groupby(experts.expand(len(tokens)).tolist()):
+        end = start + len(list(stretch))
+        raw = b"".join(pieces[token] for token in tokens[start:end])
+        page += on_page(raw.decode("utf-8", "replace"), expert, E)
+        start = end
+    return page
 
 
-def painted(tokens, mass, tokenizer, paint):
-    """Text of tokens [T], each stretch of one expert coloured by paint(text, r, g, b).
-
-    mass [T, E], or [1, E] of a sequence routed whole; a token's expert has the most of it.
-    """
-    E = mass.shape[-1]
-    experts = torch.where(mass.sum(-1) > 0, mass.argmax(-1), E).expand(len(tokens))
-    stretches = []  # [expert, its bytes]
-    for expert, token in zip(experts.tolist(), tokens.tolist()):
-        piece = tokenizer.pieces[token]
-        # A later byte of a character is coloured as its first.
-        if stretches and (inside_character(piece) or expert == stretches[-1][0]):
-            stretches[-1][1] += piece
-        else:
-            stretches.append([expert, piece])
-    text = ""
-    for expert, raw in stretches:
-        text += paint(raw.decode("utf-8", "replace"), *color(expert, E, lightness=0.8))
-    return text
-
-
-def inside_character(raw):
-    """Do these bytes of UTF-8 begin with a later byte of a character?"""
-    return raw[0] & 0xC0 == 0x80
-
-
-def on_terminal(text, *rgb):
-    paint = "\x1b[30;48;2;{};{};{}m".format(*rgb)
-    return paint + text.replace("\n", "\x1b[0m\n" + paint) + "\x1b[0m"
-
-
-def on_page(text, *rgb):
+def on_page(text, expert, count):
+    """HTML: text on the color of an expert of so many."""
+    rgb = color(expert, count, lightness=0.8)
     return f'<span style="background:rgb{rgb}">{html.escape(text)}</span>'
+
+
+def color(place, count, lightness):
+    """(red, green, blue) of expert `place` of `count`; gray where place is count: no expert."""
+    if place == count:
+        return 200, 200, 200
+    return tuple(round(255 * part) for part in colorsys.hls_to_rgb(place / count, lightness, 0.8))

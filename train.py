@@ -1,7 +1,6 @@
 """Train one model with one router, and say what it learned and what it cost.
 
     python train.py --router expert_choice      a ViT with experts, on images drawn on the fly
-    python train.py --router dense              the same ViT without experts
     python train.py --router soft --data DIR    on a folder in the CIFAR binary layout, or an .npz
     python train.py --task tokens --router token_choice     a GPT on the standard library's text
     python train.py --router dense soft --seed 0 1 2    a grid of runs, and its table
@@ -9,32 +8,20 @@
     python train.py --eval RUN_DIR              evaluate a finished run again
     python train.py --resume RUN_DIR            go on with one that was stopped, bit for bit
     torchrun --nproc-per-node 8 train.py ...    the same run in many processes
-    python train.py --help                      every setting
 
-Words are explained in routers.py. Read in order: the settings, then `run`, the whole life of one
-run, then what it calls. Skip the sections marked "Later" on a first reading; of them it is enough
-to know
+Read in order: the settings, then `run`, the whole life of one run, then what it calls. Sections
+marked "Later" may wait. Words are explained in routers.py. Every random draw has a key such as
+(seed, step, "noise"), so a resumed run is the same run, with no random state to keep. Of many
+processes, each draws the whole batch's random numbers and uses its own rows.
 
-    Record                    the run's folder and its checkpoints
-    signals                   a list of the signals caught so far, such as Ctrl-C
-    processes                 (this process's number, how many there are)
-    total                     sums over all processes
-    wrap                      the model ready to train: compiled, synchronised
-    parts_of_batch            the rows that this process computes
-    examine, specialisation   to which experts the tokens of each label go
-    row, table, report_page   what is printed, and report.html
-
-Every random draw has a key such as (seed, step, "noise"): one seed fixes data, weights and order,
-and no random state has to be kept. So a resumed run is the same run. Of many processes, each draws
-the whole batch's random numbers and uses its own rows. A run folder holds config.json,
-metrics.jsonl, checkpoint.pt, summary.json and report.html.
+What goes wrong while settings, data and model are made, and a full disk, is the user's to mend: one
+line, status 2. A loss that is not finite is one line, status 1. The rest is a bug: a traceback.
 """
 
 import argparse
 import ctypes
 import datetime
 import gc
-import hashlib
 import io
 import itertools
 import json
@@ -42,14 +29,10 @@ import math
 import os
 import pathlib
 import platform
-import re
 import signal
 import sys
 import time
-import traceback
-import zipfile
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from html import escape
 from types import SimpleNamespace
 
@@ -63,360 +46,333 @@ from torch.special import entr
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+with suppress(ImportError):  # Windows lacks it
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
 import moe_tokens
 import moe_vision
-from routers import CHOICES, ROUTERS, Experts, MoE, Routing, build_router, color, seeded
+from moe_tokens import color
+from moe_vision import seeded
+from routers import CHOICES, ROUTERS, Experts, MoE, Router, build_router
 
-# A task is a module: SETTINGS, SIZES, SPLITS, EXAMINED, UNIT, MORE_IS_BETTER, moe_blocks, settle,
-# unused, columns, load. load() gives the data, whose methods build the model, batch and judge.
+# A task is a module: SETTINGS, SIZES, resolve() and load_data(). That gives the data, whose methods
+# build the model, batch, judge and draw: see Images in moe_vision.py, Text in moe_tokens.py.
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
-BALANCE = {  # --balance: the losses it weighs
+BALANCE = {  # --balance: the losses it weighs. bias and quantile move a bias instead
     "none": {},
     "vmoe": {"importance": 0.005, "load": 0.005},
     "switch": {"balance": 0.01},
     "bias": {},
+    "quantile": {},
 }
+# What settings ask of a router. Dense has none, but takes top_k, which sets the width of its FFN.
+DENSE = SimpleNamespace(defaults={"top_k": 1}, train_defaults={}, aux_losses=())
+ROUTER_KINDS = {"dense": DENSE} | ROUTERS
+WEIGHT_DECAY, CLIP = 0.05, 1.0  # of AdamW; the largest gradient norm
 
-# What settings ask of a router; dense is none, but takes top_k, which sets its width.
-ROUTER_KINDS = {"dense": SimpleNamespace(defaults={"top_k": 1}, recipe={}, offers=())} | ROUTERS
 
 # ---------------------------------------------------------------- settings
-# name: (kind, default, what it is). A kind is bool, a tuple of choices, or a word that read_word()
-# knows, most of them numbers: see NUMBERS, near the end.
+def blocks(word):
+    return sorted(set(map(int, word.split(","))))
+
+
+def number_or_none(word):
+    return None if word == "none" else float(word)
+
+
+def anything(word):
+    """None, a whole number, another number, or the word itself: what it looks like."""
+    for read in int, number_or_none:
+        with suppress(ValueError):
+            return read(word)
+    return word
+
+
+# name: (type, default, what it is). A type is bool, a tuple of choices, or what reads a word. Whole
+# numbers are at least 1 (seed and shared: 0), other numbers at least 0. None: as the size says.
 SETTINGS = {
-    # what to run
     "task": (tuple(TASKS), "vision", "what to learn from: images or text"),
-    "router": ("router", "expert_choice", "dense, all, or one of " + ", ".join(ROUTERS)),
-    "size": (("tiny", "small", "base"), "tiny", "a preset; each part has a flag too"),
-    "seed": ("integer", 0, "fixes data, weights and order"),
-    "data": ("path", None, "a path, cifar10 or cifar100; else drawn images, the library's text"),
+    "router": ((*ROUTER_KINDS, "all"), "expert_choice", "who sends tokens to experts"),
+    "size": (("tiny", "cifar", "small", "base"), "tiny", "a preset; cifar is for images alone"),
+    "seed": (int, 0, "fixes data, weights and order"),
+    "data": (str, None, "a path, cifar10 or cifar100; else drawn images, the library's text"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
     "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
     "compile": (bool, False, "torch.compile the model, without graph breaks"),
-    "out": ("path", None, "run folder; by default a fresh runs/TASK-ROUTER-N"),
-    "log_every": ("whole", 10, "steps between lines of metrics.jsonl"),
-    "save_every": ("whole", 200, "steps between checkpoints"),
-    # optimisation: AdamW. None: as the size says.
-    "steps": ("whole", None, "optimiser steps"),
-    "batch_size": ("whole", None, "examples a step"),
-    "grad_accum": ("few", 1, "parts a batch is computed in"),
-    "lr": ("positive", None, "peak learning rate"),
-    "router_lr": ("positive", 1.0, "routers learn at so many times --lr"),
-    "warmup": ("share", 0.1, "share of the steps in which the rate rises"),
-    "schedule": (("cosine", "constant"), "cosine", "the rate after that: cosine to 0, or constant"),
-    "weight_decay": ("at_least_0", 0.05, "not on norms, biases, positions and routers"),
-    "clip": ("positive", 1.0, "largest gradient norm"),
-    # the model
-    "dim": ("whole", None, "width D"),
-    "depth": ("few", None, "blocks"),
-    "heads": ("few", None, "attention heads"),
-    "hidden": ("whole", None, "width inside an FFN or an expert"),
-    "experts": ("whole", None, "experts E in a block"),
-    "shared": ("count", 0, "more experts, which every token passes"),
-    "moe_blocks": ("blocks", None, "blocks with experts, such as 1,3; by default as the task says"),
-    "expert_init": (("independent", "identical"), "independent", "start apart, or all alike"),
+    "out": (str, None, "run folder; by default a fresh runs/TASK-ROUTER-TIME"),
+    "log_every": (int, 10, "steps between lines of metrics.jsonl"),
+    "save_every": (float, 5.0, "minutes between checkpoints; 0: one after every step"),
+    "steps": (int, None, "optimizer steps"),
+    "batch_size": (int, None, "examples a step"),
+    "grad_accum": (int, 1, "parts a batch is computed in"),
+    "lr": (float, None, "peak learning rate; it falls to 0 along a cosine"),
+    "router_lr": (float, 1.0, "routers learn at so many times --lr"),
+    "warmup": (float, 0.1, "share of the steps in which the rate rises"),
+    "dim": (int, None, "width D"),
+    "depth": (int, None, "blocks"),
+    "heads": (int, None, "attention heads"),
+    "hidden": (int, None, "width inside an FFN or an expert"),
+    "experts": (int, None, "experts E in a block"),
+    "shared": (int, 0, "more experts, which every token passes"),
+    "moe_blocks": (blocks, None, "blocks with experts, such as 1,3; by default as the task says"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
-    # the routers' losses
     "balance": (tuple(BALANCE), "none", "vmoe: importance, and load with --noise-std"),
-    "balance_weight": ("at_least_0", None, "their weight; by default vmoe .005 each, switch .01"),
-    "z_loss": ("at_least_0", 0.0, "weight of the mean squared logsumexp of the logits"),
+    "balance_weight": (float, None, "weight of its losses; else vmoe .005 each, switch .01"),
+    "z_loss": (float, 0.0, "weight of the mean squared logsumexp of the logits"),
 }
-OPTIONS = {}  # the routers' options: a router added to ROUTERS brings its own
+OPTION_HELP = {"renormalize": "on text True where top_k >= 2", "num_keys": "on text all token ids"}
+OPTIONS = {}  # as SETTINGS. A router that is added to ROUTERS brings its own, with their defaults.
+OPTION_TYPES = {float: number_or_none, type(None): anything}  # by the type of a default
 for kind in ROUTERS.values():
-    OPTIONS |= kind.defaults
-SAMPLING = {  # with --sample
-    "prompt": ("text", "", "text to go on from"),
-    "max_new_tokens": ("whole", 200, "tokens to write"),
-    "temperature": ("at_least_0", 0.8, "0: always the likeliest token"),
-    "top_p": ("positive", 0.95, "draw from the likeliest tokens that hold this much probability"),
-}
-BENCH = {  # with --bench
-    "tokens": ("whole", 4096, "tokens that pass the layer"),
-    "group_size": ("whole", 256, "tokens in a group of them"),
-    "repeats": ("whole", 9, "rounds that are timed"),
-}
+    for name, default in kind.defaults.items():
+        of_type = CHOICES.get(name) or OPTION_TYPES.get(type(default), type(default))
+        OPTIONS.setdefault(name, (of_type, default, OPTION_HELP.get(name, "")))
 ACTIONS = {
-    "eval": ("path", None, "evaluate a finished run again, then stop"),
-    "sample": ("path", None, "write text with a finished run of --task tokens, then stop"),
-    "table": ("path", None, "make one table of all finished runs in a folder, then stop"),
-    "resume": ("path", None, "go on with a stopped run; steps, device, intervals may change"),
+    "eval": (str, None, "evaluate a finished run again"),
+    "resume": (str, None, "go on with a stopped run"),
+    "sample": (str, None, "write text with a finished run of --task tokens, then stop"),
+    "table": (str, None, "make one table of all finished runs in a folder, then stop"),
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
-# Flags allowed beside an action. bench() checks its own, Record.restore() those of --resume.
-BESIDE = {"table": (), "eval": ("device",), "sample": ("device", "seed", "task", *SAMPLING)}
-FREE = {"device", "out", "log_every", "save_every"}  # they change no result
+BESIDE = {  # the flags that mean something beside an action
+    "eval": ("device",),
+    "resume": ("steps", "device", "log_every", "save_every"),
+    "sample": ("device", "seed", *moe_tokens.SAMPLING),
+    "table": (),
+    "bench": ("router", "dim", "hidden", "experts", "dtype", "device", "compile", *OPTIONS),
+}
+FREE = ("device", "out", "log_every", "save_every")  # they change no result
+
+
+def defaults(table):
+    return {name: default for name, (_, default, _) in table.items()}
 
 
 # ---------------------------------------------------------------- one run
-def run(said, folder=None, resume=False):
-    """The whole life of one run; returns the exit status.
+def run(overrides, folder):
+    """The whole life of one run, new or stopped; returns the exit status.
 
-    said    {setting: value}, what the command line says
-    folder  of the run; None: a fresh one. resume: it holds a checkpoint to go on from
+    overrides: {setting: value} that the user gave.
     """
-    settings = settle(said)
-    device = pick_device(settings)
-    data = TASKS[settings.task].load(settings, device, folder if resume else None)
-    model = build(settings, data, device)
-    gflops = measure_flops(settings, data, model)
-    optimizer = make_optimizer(settings, model, device)
+    with mistakes():
+        settings = resolve(overrides)
+        device = pick_device(settings)
+        data = TASKS[settings.task].load_data(settings, device)
+        model = build(settings, data)
+        optimizer = make_optimizer(settings, model)
+        record = Record(settings, folder)
+        step = record.restore(data, model, optimizer)
+        record.begin(overrides, data)
+    print(f"{settings.task}, router {settings.title}, {data.description}; {device.type}")
 
-    with Record(settings, said, data.about, folder, resume) as record:
-        step = record.restore(model, optimizer) if resume else 0
-        record.begin(data, device)
-        print(f"{settings.task}, router {title(settings)}, {data.about}; {about(settings, device)}")
-        trained = wrap(settings, model)
-        stop = False
-        bar = tqdm(total=settings.steps, initial=step, desc=title(settings), dynamic_ncols=True)
-        with signals() as caught, bar:
-            while step < settings.steps and not stop:
-                stepped = train_step(settings, data, trained, optimizer, step)
-                step += 1
-                last = step == settings.steps
-                record.note_first_step()
-                bar.update()
-                if last or step % settings.log_every == 0:
-                    line = numbers(data.metrics(stepped.sums) | stepped.losses)
-                    record.log(step, line | {"blocks": statistics(stepped.routings)})
-                    show(bar, line)
-                stop = bool(total({"stop": len(caught)}, device)["stop"])
-                if last or stop or step % settings.save_every == 0:
-                    check_sound(data, model, step)
-                    record.save(step, model, optimizer)
-            # A signal may have come during the last save.
-            stop = bool(total({"stop": len(caught)}, device)["stop"])
-        if stop:
-            done = f"interrupted after {step} of {settings.steps} steps"
-            print(f"{done}; --resume {record.folder} goes on from there")
-            return 128 + (caught or [signal.SIGTERM])[0]  # or caught by another process
-        spent = record.spent()
-        if processes()[0] == 0:
-            summary, joints = conclude(settings, data, model, device)
-            summary |= spent | {"gflops": gflops}
-            record.finish(summary, report_page(settings, data, model, summary, joints, record))
-            tell(settings, data, model, summary, joints)
-            print(f"-> {record.folder}/report.html")
+    trained = wrap(settings, model)
+    batch = data.batch(step, part=parts_of_batch(settings)[0])
+    stop = False
+    bar = tqdm(total=settings.steps, initial=step, desc=settings.title, dynamic_ncols=True)
+    with signals() as caught, bar:
+        while step < settings.steps and not stop:
+            stepped = train_step(settings, data, trained, optimizer, step, batch)
+            step, batch = step + 1, stepped.next_batch
+            bar.update()
+            if is_logged(settings, step):
+                line = to_floats(data.metrics(stepped.sums) | stepped.losses)
+                stats = block_stats(stepped.block_sums)
+                record.log(step, line | {"blocks": stats})
+                loads = [block["load_max"] for block in stats.values()]
+                bar.set_postfix(loss=f"{line['loss']:.3g}", load_max=f"{max(loads, default=1):.2f}")
+            asked = {"save": record.due() or len(caught) > 0, "stop": len(caught)}
+            asked = total(asked, device)
+            if asked["save"] or step == settings.steps:
+                check_sound(data, model, step)
+                record.save(step, model, optimizer)
+                stop = bool(asked["stop"])
+    if stop:
+        print(f"interrupted after {step} of {settings.steps} steps; --resume {folder} goes on")
+        number = caught[0] if caught else signal.SIGTERM  # caught by another process
+        return 128 + number
+
+    if processes()[0] == 0:
+        summary, contingency = conclude(settings, data, model, record.seconds)
+        shown = summary_text(summary, data, contingency)
+        page = run_page(data, model, summary, shown, read_lines(folder), contingency)
+        record.finish(summary, page)
+        print(f"{shown}\n-> {folder}/report.html")
     return 0
 
 
 # ---------------------------------------------------------------- what `run` calls, in that order
-def settle(said):
-    """Every setting of a run, from those said; ValueError where they clash or have no effect.
-
-    filled() gives each its value; unused(), complete() and the task's settle() apply the rules.
-    """
-    settings = filled(said)
-    unsaid = filled(dict(task=settings.task, router=settings.router, size=settings.size))
-    for name, why in unused(said).items():
-        # To say the default of a setting without effect does no harm; another task's has none here.
-        if not hasattr(unsaid, name) or said[name] != getattr(unsaid, name):
-            raise ValueError(why)
-    complete(settings, said)
-    router = None
-    if settings.router != "dense":
-        with torch.device("meta"):  # no memory is taken: the task only asks what it is
-            router = make_router(settings)
-    settings.remark = TASKS[settings.task].settle(settings, router, said)  # such as "leaky", or ""
-    return settings
+@contextmanager
+def mistakes(kinds=Exception):
+    """Inside, an error of these kinds is for the user to mend: one line and status 2."""
+    try:
+        yield
+    except kinds as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        print(f"train.py: error: {why}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
-def filled(said):
-    """Every setting. Later ones win: the defaults, the size, the router's recipe, what was said."""
-    task = TASKS[said.get("task", SETTINGS["task"][1])]
-    values = {name: default for name, (_, default, _) in (SETTINGS | task.SETTINGS).items()}
-    chosen = values | said  # which router, which size
-    kind = ROUTER_KINDS[chosen["router"]]
-    values |= task.SIZES[chosen["size"]] | kind.defaults
-    values |= {name: value for name, value in kind.recipe.items() if name in values}
-    if said.get("router_weights", "learned") != "learned":
-        values["balance"] = "none"  # such a gate learns nothing that a loss could balance
-    return SimpleNamespace(**(values | said))
-
-
-def unused(said):
-    """{setting said: why it has no effect here}. A run refuses it, a grid leaves it out."""
-    settings = filled(said)
-    name, task = settings.router, TASKS[settings.task]
-    options, offered = ROUTER_KINDS[name].defaults, ROUTER_KINDS[name].offers
-    found = {}  # {setting without effect: why}, said or not
-    if name == "dense":
-        found["expert_init"] = "--expert-init is for experts; --router dense has none"
-    else:
-        found["dense_match"] = f"--dense-match is for --router dense, not {name}"
-    if getattr(settings, "capacity_factor", 1) is None:
-        found["priority"] = "--priority orders the line for slots; dropless, every token gets one"
-    if getattr(settings, "slots", None):
-        found["capacity_factor"] = "--capacity-factor counts slots, which --slots does"
-    if settings.balance != "switch":
-        found["balance_scope"] = "--balance-scope is for the loss of --balance switch"
-    offers = f"; it offers {', '.join(offered)}" if offered else ""
-    for setting in said:
-        if setting in OPTIONS and setting not in options:
-            has = f"it has {', '.join(sorted(options))}"
-            found[setting] = f"{flag(setting)} is no option of --router {name}; {has}"
-        elif setting not in SETTINGS | task.SETTINGS | options:
-            found[setting] = f"{flag(setting)} is no setting of --task {settings.task}"
-    found |= task.unused(settings)
-    if name in ("dense", "hash") or getattr(settings, "router_weights", "learned") != "learned":
-        found["router_lr"] = f"--router-lr is for routers that learn, not {name} with these options"
-    for loss in BALANCE[settings.balance]:
-        if loss not in offered and loss != "load":  # load comes with importance, and noise
-            found["balance"] = f"--router {name} offers no {loss} loss{offers}"
-    if settings.balance == "bias" and "bias_rate" not in options:
-        rule = "--balance bias is for routers in which tokens choose by scores"
-        found["balance"] = f"{rule}, not --router {name}"
-    if not BALANCE[settings.balance] or "balance" in found:
-        rule = "--balance-weight weighs the losses of --balance vmoe or switch"
-        found["balance_weight"] = f"{rule}, got --balance {settings.balance}"
-    if "z" not in offered:
-        found["z_loss"] = f"--router {name} offers no z loss{offers}"
-    return {setting: why for setting, why in found.items() if setting in said}
-
-
-def complete(settings, said):
-    """Fill in the settings that follow from others, on any task; ValueError where some clash."""
-    s = settings
+def resolve(overrides):
+    """Every setting of a run, from its overrides of defaults; ValueError where they clash."""
+    s = SimpleNamespace(**(defaults_of(overrides) | overrides))
     if s.dim % s.heads:
         raise ValueError(f"--heads must divide --dim, got --heads {s.heads} and --dim {s.dim}")
-    if s.moe_blocks is None:
-        s.moe_blocks = TASKS[s.task].moe_blocks(s.depth)
-    if s.moe_blocks[-1] >= s.depth:
-        rule = f"--moe-blocks must name blocks from 0 to {s.depth - 1}"
-        raise ValueError(f"{rule}, got {s.moe_blocks}")
-    if s.router == "dense":
-        if s.top_k > s.experts:
-            raise ValueError(f"--top-k must be at most --experts {s.experts}, got {s.top_k}")
-        if s.dense_match == "active":
-            experts = s.top_k
-        else:
-            experts = s.experts
-            del s.top_k  # without effect: a grid over it would train the same model again
-        s.width = s.hidden * (experts + s.shared)  # of the dense FFN
-        del s.experts, s.shared  # of them the width alone has an effect
-    if hasattr(s, "bias_rate") and "bias_rate" not in said:
-        s.bias_rate = 1e-3 if s.balance == "bias" else 0.0  # as in 2408.15664
-    if s.balance == "bias" and not s.bias_rate:
-        raise ValueError(f"--balance bias needs a --bias-rate above 0, got {s.bias_rate}")
-    if s.batch_size % (s.grad_accum * processes()[1]):
+    parts = s.grad_accum * processes()[1]
+    if s.batch_size % parts:
         rule = f"--grad-accum times the processes must divide --batch-size {s.batch_size}"
-        raise ValueError(f"{rule}, got {s.grad_accum} times {processes()[1]}")
+        raise ValueError(f"{rule}, got {parts}")
+    resolve_balance(s, overrides)
+    reset_idle(s)
+    router = None
+    if s.router != "dense":
+        with torch.device("meta"):  # no memory is taken: the task only asks what it is
+            router = make_router(s)
+    elif s.dense_match == "active":
+        s.width = s.hidden * (s.top_k + s.shared)
+        del s.experts  # without effect
+    else:
+        s.width = s.hidden * (s.experts + s.shared)
+        del s.top_k
+    s.label = TASKS[s.task].resolve(s, router, overrides)  # of every result: "leaky", or ""
+    s.title = f"{s.router} ({s.label})" if s.label else s.router
+    if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
+        raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
+    deciding = {name: value for name, value in vars(s).items() if name not in (*FREE, "seed")}
+    code = seeded(json.dumps(deciding, sort_keys=True)).initial_seed()
+    s.code = f"{code % 2**32:08x}"  # the same for all seeds
+    return s
+
+
+def defaults_of(overrides):
+    """{setting: default}; settings that this task or router lacks are absent.
+
+    Later ones win: the general defaults, the size's, the router's, its train_defaults.
+    """
+    said = {name: SETTINGS[name][1] for name in ("task", "router", "size")} | overrides
+    task, router, size = said["task"], said["router"], said["size"]
+    if size not in TASKS[task].SIZES:
+        raise ValueError(f"--size {size} is not for --task {task}")
+    kind = ROUTER_KINDS[router]
+    values = defaults(SETTINGS | TASKS[task].SETTINGS) | TASKS[task].SIZES[size]
+    values |= kind.defaults | kind.train_defaults
+    if overrides.get("router_weights", "learned") != "learned":
+        values["balance"] = "none"  # such a gate learns nothing that a loss could balance
+    lacks = ["router_lr"] if router == "dense" else ["dense_match"]
+    if "balance" not in kind.aux_losses:
+        lacks += ["balance", "balance_weight"]
+    if "z" not in kind.aux_losses:
+        lacks.append("z_loss")
+    for name in lacks:
+        del values[name]
+    return values
+
+
+def resolve_balance(s, overrides):
+    """The weights of the routers' losses {name: weight}; how the bias moves, if there is one."""
+    balance = getattr(s, "balance", "none")  # a router without losses lacks the setting
+    s.loss_weights = BALANCE[balance]
+    if getattr(s, "balance_weight", None) is not None:
+        s.loss_weights = dict.fromkeys(s.loss_weights, s.balance_weight)
+    s.loss_weights = s.loss_weights | {"z": getattr(s, "z_loss", 0.0)}
+    rates = {"bias": getattr(s, "bias_rate", 0) or 1e-3, "quantile": 1.0}
+    if "bias_rate" not in overrides and hasattr(s, "bias_rate"):
+        s.bias_rate = rates.get(balance, 0.0)
+    if balance == "quantile":
+        s.bias_update = "quantile"
+
+
+def reset_idle(s):
+    """Reset what has no effect beside the others, so that runs that differ only in it are one."""
+    learned = [getattr(s, name, "learned") for name in ("router_weights", "hash_weights")]
+    idle = {
+        "priority": getattr(s, "capacity_factor", 1) is None,  # dropless, all get a slot
+        "capacity_factor": getattr(s, "slots", None) is not None,
+        "balance_weight": not BALANCE[getattr(s, "balance", "none")],
+        "bias_update": not getattr(s, "bias_rate", 0),
+        "router_lr": set(learned) != {"learned"},
+    }
+    for name, default in defaults_of({"task": s.task, "router": s.router}).items():
+        if idle.get(name):
+            setattr(s, name, default)
 
 
 def make_router(settings, tokens=1):
     """The router of these settings, for groups of so many tokens."""
-    options = {}
-    for name in ROUTERS[settings.router].defaults:
-        value = getattr(settings, name)
-        if value is not None or name == "capacity_factor":
-            options[name] = value
+    options = {name: getattr(settings, name) for name in ROUTERS[settings.router].defaults}
     return build_router(settings.router, settings.dim, settings.experts, tokens=tokens, **options)
 
 
 def pick_device(settings):
-    """The device; also sets torch's default dtype."""
+    """The device; also sets torch's default dtype. ValueError for what it cannot do."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
-    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).device_count()]
-    name = here[0] if settings.device == "auto" else settings.device
-    if name not in here:
-        raise ValueError(f"--device {name}: this machine has none; there is {', '.join(here)}")
-    if name == "cuda" and dist.is_initialized():
+    kind, torchrun = settings.device, dist.is_initialized()
+    if kind == "auto":
+        best = torch.accelerator.current_accelerator(check_available=True)
+        kind = best.type if best else "cpu"
+    if kind == "mps" and (settings.dtype == "float64" or torchrun):
+        raise ValueError("mps has no float64 and no torchrun; --device cpu has both")
+    if kind == "cuda" and torchrun:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ValueError(f"more processes than GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device(name)
+    return torch.device(kind)
 
 
-def build(settings, data, device):
+def build(settings, data):
     """The model at its start, in evaluation mode."""
 
-    def make_feed(block):
+    def make_ffn(block):
         """What stands in that block after attention: an FFN or an MoE."""
         if block not in settings.moe_blocks:
-            return ffn(settings.dim, settings.hidden)
+            return dense_ffn(settings.dim, settings.hidden)
         if settings.router == "dense":
-            return ffn(settings.dim, settings.width)
+            return dense_ffn(settings.dim, settings.width)
         router = make_router(settings, data.tokens)
-        experts = Experts(settings.experts, settings.dim, settings.hidden, settings.expert_init)
-        shared = ffn(settings.dim, settings.shared * settings.hidden) if settings.shared else None
+        experts, shared = Experts(settings.experts, settings.dim, settings.hidden), None
+        if settings.shared:
+            shared = dense_ffn(settings.dim, settings.shared * settings.hidden)
         return MoE(router, experts, shared)
 
-    with torch.device("meta"):  # shapes alone: does it fit into memory?
-        check_memory(settings, data, data.build(settings, make_feed), device)
     torch.manual_seed(seeded(settings.seed, "weights").initial_seed())
-    return data.build(settings, make_feed).to(device).eval()
+    return data.build(settings, make_ffn).to(data.device).eval()
 
 
-def ffn(dim, width):
+def dense_ffn(dim, width):
     return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
 
 
-def check_memory(settings, data, model, device):
-    """ValueError for settings that cannot fit into a CPU's memory, before anything is filled."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (AttributeError, ValueError, OSError):
-        return  # unknown
-    examples = settings.batch_size // settings.grad_accum // processes()[1]
-    count = 4 * sum(p.numel() for p in model.parameters())  # with gradients and AdamW's two
-    count += examples * data.tokens * settings.dim * 4 * settings.depth  # of a block at least four
-    for moe in moes(model):
-        slots = moe.router.num_experts * (moe.router.capacity(data.tokens) or 1)
-        count += 2 * examples * slots * settings.hidden
-    wanted = count * torch.get_default_dtype().itemsize / 1e9
-    if device.type == "cpu" and wanted > memory:
-        has = f"this machine has {memory:,.0f} GB"
-        raise ValueError(f"these sizes need at least {wanted:,.0f} GB of memory, {has}")
-
-
-@torch.no_grad()
-def measure_flops(settings, data, model):
-    """GFLOPs of one example's forward; labels that do not fit it fail here, not after training."""
-    batch = next(iter(data.split(TASKS[settings.task].SPLITS[0])))
-    one = {name: value[:1] for name, value in batch.items()}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _, _, routings = data.loss(model, one)
-    examine(data, one, 0, routings)
-    return counter.get_total_flops() / 1e9
-
-
-def make_optimizer(settings, model, device):
+def make_optimizer(settings, model):
     """AdamW. No decay on norms, biases and positions, nor on routers: that would flatten gates."""
-    spared = {"position"}
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            spared |= {f"{name}.{parameter}" for parameter in module.no_decay()}
-    weights = {"params": [], "weight_decay": settings.weight_decay, "factor": 1.0}
+    weights = {"params": [], "weight_decay": WEIGHT_DECAY, "factor": 1.0}
     bare = {"params": [], "weight_decay": 0.0, "factor": 1.0}
-    gates = {"params": [], "weight_decay": 0.0, "factor": settings.router_lr}
+    gates = {"params": [], "weight_decay": 0.0, "factor": getattr(settings, "router_lr", 1.0)}
     for name, parameter in model.named_parameters():
-        group = weights
+        group, own_name = weights, name.split(".")[-1]
         if ".router." in name:
             group = gates
-        elif parameter.ndim < 2 or name in spared:
+        elif parameter.ndim < 2 or own_name == "position" or own_name[0] == "b":  # experts' b1, b2
             group = bare
         if parameter.requires_grad:
             group["params"].append(parameter)
-    fused = device.type in ("cuda", "cpu")
-    groups = [weights, bare, gates]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW([weights, bare, gates], settings.lr, (0.9, 0.95), fused=True)
 
 
-def train_step(settings, data, model, optimizer, step):
-    """One optimiser step: forward and backward of each part of the batch, clip, step, update.
+def train_step(settings, data, model, optimizer, step, batch):
+    """One optimizer step: forward and backward of each part of the batch, clip, step, update.
 
-    Returns sums (for data.metrics), losses (of the routers, and grad_norm) and the last part's
-    routings {block: Routing}. FloatingPointError, before a weight moves, for a loss or gradient
-    that is not finite.
+    batch is the first part. Returns the sums for data.metrics(), the routers' losses with
+    grad_norm, block_sums() if the step is logged, and the next step's first part.
+    FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(settings, step) * group["factor"]
     torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
-    loss_weights = BALANCE[settings.balance] | {"z": settings.z_loss}
-    if settings.balance_weight is not None:
-        loss_weights |= dict.fromkeys(BALANCE[settings.balance], settings.balance_weight)
-    sums, losses, routed = {}, {}, {}  # routed: {router: its routing of each part}
+    sums, losses, of_blocks, routed = {}, {}, {}, {}  # routed: {router: its routing of each part}
     parts = parts_of_batch(settings)
     for i, part in enumerate(parts):
-        batch = data.batch(step, part=part)
+        if i:
+            batch = data.batch(step, part=part)
         more = i + 1 < len(parts) and hasattr(model, "no_sync")  # gradients are summed at the last
         with precision(settings, data.device), model.no_sync() if more else nullcontext():
             loss, counts, routings = data.loss(model, batch)
@@ -425,32 +381,31 @@ def train_step(settings, data, model, optimizer, step):
                 routed.setdefault(routing.router, []).append(routing)
                 add(of_routers, routing.losses)
             for name, value in of_routers.items():
-                if loss_weights.get(name):
-                    objective = objective + loss_weights[name] * value
+                if settings.loss_weights.get(name):
+                    objective = objective + settings.loss_weights[name] * value
                 add(losses, {name: value.detach() / len(parts)})
         (objective / len(parts)).backward()
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
-    for routing in routings.values():
-        gradients = [p.grad for p in routing.router.parameters() if p.grad is not None]
-        routing.router_gradient = nn.utils.get_total_norm(gradients)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    sums = total(sums, data.device)
-    losses = total(losses, data.device, divisor=processes()[1])
-    if not torch.isfinite(norm + sums["loss"]):
-        told = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
-        blocks = json.dumps(statistics(routings))
-        raise FloatingPointError(f"step {step + 1}: {told}; per block {blocks}")
+        if is_logged(settings, step + 1):
+            add(of_blocks, block_sums(routings))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    sums, of_blocks = total(sums, data.device), total(of_blocks, data.device)
+    losses = total(losses, data.device, divisor=processes()[1]) | {"grad_norm": norm}
+    next_batch = data.batch(step + 1, part=parts[0])  # made while a GPU still works
+    if not torch.isfinite(norm + sums["loss"]):  # waits for the GPU
+        found = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
+        raise FloatingPointError(f"at step {step + 1}: {found}")
     optimizer.step()
     optimizer.zero_grad()
     for i, (router, of_parts) in enumerate(routed.items()):
         router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
-    losses["grad_norm"] = norm
-    return SimpleNamespace(sums=sums, losses=losses, routings=routings)
+    found = dict(sums=sums, losses=losses, block_sums=of_blocks, next_batch=next_batch)
+    return SimpleNamespace(**found)
 
 
 def learning_rate(settings, step):
     warm = max(1, round(settings.warmup * settings.steps))
-    if step < warm or settings.schedule == "constant":
+    if step < warm:
         return settings.lr * min(1, (step + 1) / warm)
     done = (step - warm) / max(1, settings.steps - warm)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
@@ -461,36 +416,56 @@ def precision(settings, device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
+def is_logged(settings, step):
+    return step == settings.steps or step % settings.log_every == 0
+
+
 def add(sums, values):
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
 
 
-def moes(model):
-    return [module for module in model.modules() if isinstance(module, MoE)]
+def to_floats(values):
+    return {name: float(value) for name, value in values.items()}
 
 
-def statistics(routings):
-    """{block: {sign: number}}, the health of each router. The report page draws every number."""
-    found = {}
+def block_sums(routings):
+    """{block: [E + 4]}, which add up over the parts of a batch, over batches, and over processes.
+
+    How many tokens ask for each expert; how many there are, and are dropped; slots; entropies.
+    """
+    sums = {}
     for block, routing in routings.items():
-        counts = routing.counts()
-        signs = found[block] = evenness(routing.load)
-        signs["dropped"] = float((counts == 0).float().mean())
-        signs["slots_per_token"] = float(counts.float().mean())
-        if hasattr(routing, "gates"):
+        slots = routing.slots_per_token  # [G, T]
+        entropy = torch.zeros_like(slots)
+        if routing.gates is not None:  # hash has none
             gates = routing.gates.detach().float()
-            entropy = entr(gates).sum(-1).mean()
-            signs["entropy"] = float(entropy / math.log(max(2, gates.shape[-1])))
-        if hasattr(routing, "router_gradient"):
-            signs["router_gradient"] = float(routing.router_gradient)
+            entropy = entr(gates).sum(-1) / math.log(max(2, gates.shape[-1]))
+        parts = [torch.ones_like(slots), slots == 0, slots, entropy]
+        parts = torch.stack([part.sum().to(entropy) for part in parts])
+        sums[block] = torch.cat([routing.tokens_per_expert.to(parts), parts])
+    return sums
+
+
+def block_stats(sums):
+    """How well each block's router works, {block: {stat: number}}, of what block_sums() gave.
+
+    load_max: E * max_e n_e / sum_e n_e, the largest load over the mean, where n_e tokens want
+    expert e; 1 is even. dead: experts that none wants. dropped: share of tokens that no expert
+    serves. slots_per_token: in how many slots a token sits. entropy: of the gates; 1 is uniform.
+    """
+    found = {}
+    if not sums:
+        return found  # dense
+    fetched = torch.stack(list(sums.values())).tolist()  # one transfer for all blocks
+    for block, (*asked, tokens, dropped, slots, entropy) in zip(sums, fetched):
+        stats = {
+            "load_max": len(asked) * max(asked) / max(sum(asked), 1e-9),
+            "dead": asked.count(0),
+        }
+        stats |= {"dropped": dropped / tokens, "slots_per_token": slots / tokens}
+        found[block] = stats | {"entropy": entropy / tokens}
     return found
-
-
-def evenness(load):
-    """Of load [E]: its largest over its mean, and how many experts got nothing."""
-    most = load.max() * len(load) / load.sum().clamp(min=1e-9)
-    return {"load": float(most), "dead": int((load == 0).sum())}
 
 
 @torch.no_grad()
@@ -499,61 +474,65 @@ def check_sound(data, model, step):
     model.eval()
     loss, _, _ = data.loss(model, data.batch(step - 1, part=slice(0, 8)))
     if not all(tensor.isfinite().all() for tensor in (loss, *model.state_dict().values())):
-        raise FloatingPointError(f"step {step}: the new weights or their loss are not finite")
+        raise FloatingPointError(f"at step {step}: the new weights or their loss are not finite")
 
 
-def conclude(settings, data, model, device):
-    """Evaluate, probe, examine: the summary, and the maps of specialisation(), for the report."""
-    task = TASKS[settings.task]
-    summary = {"router": title(settings), "steps": settings.steps}
-    for split in task.SPLITS:
+def conclude(settings, data, model, seconds):
+    """Evaluate, probe, examine: the summary, and the contingency tables of specialization()."""
+    summary = {"router": settings.title, "steps": settings.steps, "seconds": seconds}
+    summary[f"{data.examples}_per_second"] = settings.batch_size * settings.steps / seconds
+    summary["gflops"] = measure_flops(data, model)
+    for split in data.splits:
         summary[split] = evaluate(settings, data, model, split)
-    last = task.SPLITS[-1]
+    last = data.splits[-1]
     with dropless(model) as differs:
         if differs:
             summary[f"{last}_dropless"] = evaluate(settings, data, model, last)
-    summary["parameters"], summary["active_parameters"] = parameters(model, data)
-    summary["specialisation"], joints = specialisation(settings, data, model)
-    summary |= data.report(settings, model, fresh=lambda: build(settings, data, device))
-    return summary, joints
+    count = sum(p.numel() for p in model.parameters())
+    summary["parameters"] = count
+    summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
+    summary["specialization"], contingency = specialization(settings, data, model)
+    summary |= data.report(settings, model, fresh=lambda: build(settings, data))
+    summary |= {"cells": cells(summary, data), "score": data.score(summary)}  # for the table
+    return summary, contingency
+
+
+@torch.no_grad()
+def measure_flops(data, model):
+    """GFLOPs of one example's forward."""
+    batch = next(iter(data.split(data.splits[0])))
+    one = {name: value[:1] for name, value in batch.items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        data.loss(model, one)
+    return counter.get_total_flops() / 1e9
 
 
 @torch.no_grad()
 def evaluate(settings, data, model, split):
-    """Metrics over a whole split, without noise and the routers' losses; and its blocks' signs."""
+    """Metrics over a whole split, without noise and the routers' losses; and the blocks' stats."""
     model.eval()
-    sums, blocks, examples = {}, {}, 0
+    sums, of_blocks = {}, {}
     for batch in tqdm(data.split(split), f"evaluating on {split}", leave=False, dynamic_ncols=True):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
-        add(sums, numbers(counts | {"loss": loss * counts["count"]}))
-        size = len(next(iter(batch.values())))  # the last batch may be smaller
-        for block, signs in statistics(routings).items():
-            signs["load"] = routings[block].load  # [E], for the evenness of the whole split
-            add(blocks.setdefault(block, {}), {name: size * sign for name, sign in signs.items()})
-        examples += size
-    for block, signs in blocks.items():
-        means = {name: value / examples for name, value in signs.items()}
-        blocks[block] = means | evenness(signs["load"])
-    metrics = numbers(data.metrics(sums))
+        add(sums, to_floats(counts | {"loss": loss * counts["count"]}))
+        add(of_blocks, block_sums(routings))
+    metrics = to_floats(data.metrics(sums))
     if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(f"the evaluation: loss {metrics['loss']} on {split}")
-    return metrics | {"blocks": blocks}
-
-
-def numbers(values):
-    return {name: float(value) for name, value in values.items()}
+        raise FloatingPointError(f"at the evaluation: loss {metrics['loss']} on {split}")
+    return metrics | {"blocks": block_stats(of_blocks)}
 
 
 @contextmanager
 def dropless(model):
     """Inside, tokens and thresholds choose without drops. Yields: did any have a capacity?"""
     before = {}
-    for router in {moe.router for moe in moes(model)}:
-        factor, room = router.options.capacity_factor, float(router.num_experts)
-        if router.chooses in ("tokens", "threshold") and factor is not None:
-            before[router] = factor
-            router.options.capacity_factor = None if router.chooses == "tokens" else room
+    for router in model.modules():
+        if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
+            if router.options.capacity_factor is not None:
+                before[router] = router.options.capacity_factor
+                room = None if router.chooses == "tokens" else float(router.num_experts)
+                router.options.capacity_factor = room
     try:
         yield bool(before)
     finally:
@@ -561,113 +540,71 @@ def dropless(model):
             router.options.capacity_factor = factor
 
 
-def parameters(model, data):
-    """All parameters; and active ones, where an expert counts by its share of a group's tokens."""
-    count = sum(p.numel() for p in model.parameters())
+def idle_parameters(model, tokens):
+    """How many parameters do not work on a token: an expert works on its share of `tokens`."""
     idle = 0.0
-    for moe in moes(model):
+    for moe in model.modules():
+        if not isinstance(moe, MoE):
+            continue
         o, E = moe.router.options, moe.router.num_experts
         share = o.top_k * (o.capacity_factor or 1) / E
         if moe.router.chooses == "tokens":
             share = min(share, o.top_k / E)  # more slots do not give a token more experts
         if getattr(o, "slots", None):
-            share = o.slots / data.tokens
+            share = o.slots / tokens
         idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
-    return count, round(count - idle)
+    return idle
 
 
-def tell(settings, data, model, summary, joints):
-    """Print what a run found."""
-    print(table([{"router": title(settings), **row([cells(summary, TASKS[settings.task])])}]))
-    for words in table(known(summary)), data.tell(model, joints):
-        if words:
-            print(words)
-
-
-def known(summary):
-    """Rows of a table, {column: text}: what the experts of each block know of each label."""
+def summary_text(summary, data, contingency):
+    """What is printed of a run: its row, what its experts know, what the data notes of them."""
     rows = []
-    for block, labels in summary["specialisation"].items():
+    for block, labels in summary["specialization"].items():
         for label, values in labels.items():
             value, mean, bound = (f"{number:.3f}" for number in values)
             texts = {"block": str(block), "experts know of": label, "NMI": value}
             rows.append(texts | {"by chance": mean, "95 % of chance": bound})
-    return rows
-
-
-def title(settings):
-    return settings.router + (f" ({settings.remark})" if settings.remark else "")
-
-
-def about(settings, device):
-    words = f"{device.type}, torch {torch.__version__}, seed {settings.seed}"
-    if settings.compile and getattr(settings, "capacity_factor", 1) is None:
-        words += "; compiled, a dropless expert computes a slot for every token of its group"
-    return words
-
-
-def show(bar, line):
-    named = ("loss", "top1", "miou", "bits_per_byte")
-    bar.set_postfix({name: f"{line[name]:.3g}" for name in named if name in line})
+    line = {"router": summary["router"]} | row([summary["cells"]])
+    parts = [table([line]), table(rows), data.notes(contingency)]
+    return "\n".join(part for part in parts if part)
 
 
 # ================================================================ Later: the table
-DECIMALS = {"GFLOPs": 4}  # of a column; 1 where it is not named
-DECIMALS |= dict.fromkeys(("vocabulary", "parameters", "active", "seconds"), 0)
-DECIMALS |= dict.fromkeys(("images/s", "sequences/s"), 0)
-DECIMALS |= dict.fromkeys(("perplexity", "bytes/token", "load max/mean", "slots/token"), 2)
-DECIMALS |= dict.fromkeys(("bits/byte", "dropless", "as generated"), 3)
+def cells(summary, data):
+    """The columns of one run: {name: number, list of one number a block, or None}."""
+    found = data.columns(summary)
+    for block in summary[data.splits[-1]]["blocks"].values():
+        found.setdefault("load max/mean", []).append(block["load_max"])
+        found.setdefault("dropped %", []).append(100 * block["dropped"])
+        found.setdefault("slots/token", []).append(block["slots_per_token"])
+    found["parameters"], found["active"] = summary["parameters"], summary["active_parameters"]
+    found["GFLOPs"], found["seconds"] = summary["gflops"], summary["seconds"]
+    found[f"{data.examples}/s"] = summary[f"{data.examples}_per_second"]
+    gains = {}  # what experts know of a label: NMI less its mean by chance, the mean of the blocks
+    for labels in summary["specialization"].values():
+        for label, (value, by_chance, _) in labels.items():
+            gains.setdefault(label, []).append(value - by_chance)
+    for label, values in gains.items():
+        found[f"NMI {label}"] = float(np.mean(values))
+    return found
 
 
 def row(of_runs):
     """A row of the table, {column: text}: of the cells of each run, mean ± deviation."""
     texts = {}
-    for name in dict.fromkeys(itertools.chain(*of_runs)):
-        values = [found.get(name) for found in of_runs]
-        decimals = 3 if name.startswith("NMI") else DECIMALS.get(name, 1)
-        texts[name] = spell_cell(values, decimals)
+    for name in of_runs[0]:
+        values = [found[name] for found in of_runs]
+        if None in values:
+            texts[name] = "-"
+            continue
+        parts = []
+        for mean in np.atleast_1d(np.mean(values, 0)):  # several: one for each block
+            whole = mean % 1 == 0 or mean > 1000
+            parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
+        texts[name] = ", ".join(parts)
+        if np.ndim(values) == 1 and deviation(values):
+            texts[name] += f" ± {deviation(values):,.3g}"
     return texts
-
-
-def cells(summary, task):
-    """{column: number, list of one number a block, (mean, deviation), or None} of one run."""
-    blocks = summary[task.SPLITS[-1]]["blocks"].values()
-    found = task.columns(summary)
-    found["load max/mean"] = [block["load"] for block in blocks]
-    found["dropped %"] = [100 * block["dropped"] for block in blocks]
-    found["slots/token"] = [block["slots_per_token"] for block in blocks]
-    found["parameters"], found["active"] = summary["parameters"], summary["active_parameters"]
-    found["GFLOPs"] = summary["gflops"]
-    found[f"{task.UNIT}/s"] = summary[f"{task.UNIT}_per_second"]
-    found["first step s"] = summary.get("first_step_seconds")
-    found["seconds"] = summary["seconds"]
-    return found
-
-
-def knowledge(summary):
-    """{column: what experts know of a label}: NMI less its null's mean, the mean of the blocks."""
-    found = {}
-    for labels in summary["specialisation"].values():
-        for label, (value, by_chance, _) in labels.items():
-            found.setdefault(f"NMI {label}", []).append(value - by_chance)
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def spell_cell(values, decimals):
-    """One column of a row as text: values as cells() gives them, one a run."""
-    if None in values or [] in values:
-        return "-"
-    between = " ± "
-    if isinstance(values[0], list):
-        shown, between = np.mean(values, 0), ", "  # one for each block
-    elif isinstance(values[0], tuple) and len(values) == 1:
-        shown = values[0]  # of a lone run, over draws
-    else:
-        means = [value[0] if isinstance(value, tuple) else value for value in values]
-        shown = [np.mean(means)]
-        if len(set(means)) > 1:  # parameters, say, are the same for every seed
-            shown.append(deviation(means))
-    return between.join(f"{number:,.{decimals}f}" for number in shown)
 
 
 def deviation(values):
@@ -685,204 +622,146 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
-def results(folder):
-    """One table of all finished runs below a folder; results.md and report.html go there."""
+def results(overrides):
+    """--table: one table of all finished runs in a folder; results.md and report.html go there."""
+    folder = pathlib.Path(overrides["table"])
     runs, notes = finished(folder)
     if not runs:
-        why = f"--table {folder}: no finished run (a folder with a summary.json) lies there"
-        raise ValueError("; ".join([why, *notes[:3]]))
-    one_task(folder, [done.settings for done in runs])
-    task = TASKS[runs[0].settings.task]
-    groups = {}
-    for done in runs:  # the runs of one setting, one of each seed
-        key = {name: value for name, value in of_result(done.settings).items() if name != "seed"}
-        of_seed = groups.setdefault(json.dumps(key, sort_keys=True), {})
-        first = of_seed.setdefault(done.settings.seed, done)
-        if first is not done:
-            notes.append(f"Left out, of the same settings and seed as {first.name}: {done.name}")
-    axes = axes_of(runs)
-    entries = []
-    for of_seed in groups.values():
-        group = list(of_seed.values())
-        first = group[0]
-        texts = {"router": title(first.settings)}
-        texts |= {name: spell_setting(first, name) for name in axes}
-        texts["recipe"] = recipe(first.settings, axes)
-        name = " ".join(text for text in texts.values() if text != "-")  # in the picture's legend
-        entry = SimpleNamespace(name=name, runs=group)
-        texts["seeds"] = str(len(group))
-        texts["to the best"] = ""  # known only when all rows are
-        entry.texts = texts | row([done.cells for done in group])
-        entry.scores = [score(done.summary, task) for done in group]
-        entries.append(entry)
+        raise ValueError("; ".join([f"{folder} holds no finished run", *notes[:3]]))
+    axes = []  # the settings that were said, and differ between runs: a column each
+    for name in dict.fromkeys(itertools.chain(*(done.overrides for done in runs))):
+        values = {to_text(done.settings.get(name, "-")) for done in runs}
+        if len(values - {"-"}) > 1 and name not in (*FREE, "router", "seed"):
+            axes.append(name)
+    if "task" in axes or "head" in axes:
+        raise ValueError(f"{folder} holds runs of several tasks, which no table can compare")
+    groups, entries = {}, []
+    for done in runs:
+        groups.setdefault(done.settings["code"], []).append(done)
+    for group in groups.values():  # runs of the same settings, one of each seed
+        texts = {"router": group[0].settings["title"]}
+        for name in axes:
+            texts[name] = to_text(group[0].settings.get(name, "-"))
+        name = " ".join(texts.values())  # in the pictures
+        texts |= {"seeds": str(len(group)), "to the best": ""}  # known only when all rows are
+        texts |= row([done.cells for done in group])
+        scores = [done.score for done in group]
+        entries.append(SimpleNamespace(name=name, runs=group, texts=texts, scores=scores))
     entries.sort(key=lambda entry: -np.mean(entry.scores))
-    compare(entries, task, digits=DECIMALS.get(next(iter(task.columns(runs[0].summary))), 1))
-    same = []
-    for name in ("task", "size", "data", "steps", "batch_size", "lr"):
-        values = {spell_setting(done, name) for done in runs}
-        if len(values) == 1 and not values & {"-", "none"}:
-            same.append(f"{flag(name)} {values.pop()}")
-    shown = table([entry.texts for entry in entries])
-    shown = "\n".join([shown, "", f"In every row: {' '.join(same)}", *notes])
-    save(pathlib.Path(folder) / "results.md", shown + "\n")
-    save(pathlib.Path(folder) / "report.html", grid_page(entries, shown))
+    compare(entries)
+    shown = "\n".join([table([entry.texts for entry in entries]), "", *notes])
+    save(folder / "results.md", shown + "\n")
+    save(folder / "report.html", grid_page(entries, shown))
     print(shown)
 
 
-def one_task(folder, of_runs):
-    """ValueError if these settings of runs are not of one task, which a table needs."""
-    tasks = {f"{settings.task} {getattr(settings, 'head', '')}".strip() for settings in of_runs}
-    if len(tasks) > 1:
-        raise ValueError(f"{folder} holds runs of several tasks: {', '.join(sorted(tasks))}")
-
-
 def finished(folder):
-    """Runs below a folder (name, said, settings, summary, lines), and notes on what is broken."""
+    """Runs below a folder (config.json, cells, score, lines), and notes on those left out."""
     runs, notes = [], []
-    for config in sorted(pathlib.Path(folder).glob("*/config.json")):
-        path = config.parent
-        if not (path / "summary.json").exists():
-            notes.append(f"Not finished: {path.name}")
-            continue
+    for path in sorted(folder.glob("*/config.json")):
         try:
-            done = SimpleNamespace(name=path.name, said=read_said(path))
-            done.summary = json.loads(read_file(path, "summary.json"))
-            done.settings, done.lines = settle(done.said), read_lines(path)
-            done.cells = cells(done.summary, TASKS[done.settings.task]) | knowledge(done.summary)
+            done = SimpleNamespace(**read_json(path), lines=read_lines(path.parent))
+            summary = read_json(path.with_name("summary.json"))
+            done.cells, done.score = summary["cells"], summary["score"]
             runs.append(done)
-        except Exception as error:  # a damaged file fails in many ways; the rest is still a table
-            notes.append(f"Left out, not readable: {path.name} ({type(error).__name__}: {error})")
+        except Exception:  # a damaged file fails in many ways; the rest is still a table
+            notes.append(f"Left out, not finished or not readable: {path.parent.name}")
     return runs, notes
 
 
-def axes_of(runs):
-    """The settings that were said, and differ between runs that have them: a column each."""
-    said, axes = {}, []
-    for done in runs:
-        said |= done.said
-    for name in said:
-        values = {spell_setting(done, name) for done in runs} - {"-"}
-        if len(values) > 1 and name not in FREE | {"router", "seed"}:
-            axes.append(name)
-    return axes
-
-
-def spell_setting(done, name):
-    """A run's setting as text; "-" where it has none, or where to say it would mean nothing."""
-    value = getattr(done.settings, name, None)
-    if not hasattr(done.settings, name) or name in unused(done.said | {name: value}):
-        return "-"
-    return spell(value)
-
-
-def recipe(settings, axes):
-    """What the router's recipe set, as text: rows alike in all columns may differ by it."""
-    recipe = ROUTER_KINDS[settings.router].recipe
-    names = [name for name in recipe if hasattr(settings, name) and name not in axes]
-    return ", ".join(f"{name} {spell(getattr(settings, name))}" for name in names) or "-"
-
-
-def compare(entries, task, digits):
+def compare(entries):
     """Fill in the column "to the best" of entries, best first. A leaky one is never the best."""
-    fair = [entry for entry in entries if entry.runs[0].settings.remark != "leaky"]
+    fair = [entry for entry in entries if "leaky" not in entry.texts["router"]]
     best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
+        verdict = f"{gap:+.3g}"
         if entry is best:
             verdict = "best"
         elif min(len(entry.scores), len(best.scores)) == 1:
             verdict = "one seed"
         elif abs(gap) <= math.hypot(deviation(entry.scores), deviation(best.scores)):
             verdict = "tie"
-        else:
-            verdict = f"{gap if task.MORE_IS_BETTER else -gap:+.{digits}f}"
         entry.texts["to the best"] = verdict
 
 
-def score(summary, task):
-    """By which rows are ranked: the first of the task's columns, else the loss; more is better."""
-    value = next(iter(task.columns(summary).values()))
-    if value is None:
-        return -summary[task.SPLITS[-1]]["loss"]
-    return value if task.MORE_IS_BETTER else -value
-
-
 # ================================================================ Later: what experts know
-def specialisation(settings, data, model):
+EXAMINED = 2**23  # numbers to shuffle, at most: so chance takes seconds. Tiny sizes need fewer
+
+
+def specialization(settings, data, model):
     """How an expert's choice goes with the labels of tokens, in two forms.
 
-    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}. Maps {block:
-    {label: (share [labels, E + 1], names)}}: column e is how many tokens of a label expert e gets,
-    a token of several divided by its weights; the last column, those that no expert gets.
+    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}, of many tokens
+    from every n-th. Maps {block: {label: (counts [labels, E + 1], names)}}: column e is how many
+    tokens of a label expert e gets, one of several divided by its weights; the last, those of none.
     """
     model.eval()
     gathered, start = {}, 0
-    batches = data.split(TASKS[settings.task].EXAMINED)
+    batches = data.split(data.examined)
     for batch in tqdm(batches, "examining experts", leave=False, dynamic_ncols=True):
         with torch.no_grad(), precision(settings, data.device):
-            routings = data.loss(model, batch)[2]
-        for key, parts in examine(data, batch, start, routings).items():
-            gathered.setdefault(key, []).append(parts)
-        start += len(next(iter(batch.values())))
-    found, joints = {}, {}
-    for (block, label_name, names), parts in gathered.items():
-        mass, label, owner = zip(*parts)
-        mass, label = torch.cat(mass), torch.cat(label)
-        total_mass = mass.sum(1, keepdim=True)
-        share = torch.cat([mass / total_mass.clamp(min=1e-30), (total_mass == 0).float()], 1)
-        joint = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
-        joints.setdefault(block, {})[label_name] = joint, names
-        if owner[0] is not None and len(label):
-            found.setdefault(block, {})[label_name] = nmi_and_null(mass, label, torch.cat(owner))
-    return found, joints
-
-
-def examine(data, batch, start, routings):
-    """{(block, label's name, names): (mass [N, E], label [N], owner [N])} of a batch, N tokens."""
-    found = {}
-    for name, (label, owner, names) in data.labels(batch, start).items():
-        (B, T), labelled = label.shape, label >= 0
-        sequence = torch.arange(start, start + B)[:, None].expand(B, T)
+            routings, weights = data.loss(model, batch)[2], {}
         for block, routing in routings.items():
-            mass = routing.mass().float().cpu()
-            mass = mass.reshape(B, -1, mass.shape[-1])
-            places = mass.shape[1]  # in an example: T tokens, or one whole sequence
-            if places not in (1, T):
-                rule = f"labels of {T} tokens an example do not fit a routing"
-                raise ValueError(f"{rule} of {places}")
-            of_label = None
-            if owner is not None:
-                # A sequence routed whole has one routing for many labels: it is their owner.
-                whole = places < len(owner[0].unique())
-                of_label = (sequence if whole else owner)[labelled]
-            mass = mass.expand(B, T, -1)[labelled]
-            found[block, name, tuple(names)] = mass, label[labelled], of_label
-    return found
+            weights[block] = routing.expert_weights.float().cpu()
+        for name, (label, owner, names) in data.labels(batch, start).items():
+            for block, weight in weights.items():
+                parts = gathered.setdefault((block, name, tuple(names)), [])
+                parts.append(examine(weight, label, owner, start))
+        start += len(next(iter(batch.values())))
+    found, contingency = {}, {}
+    blocks = len({block for block, _, _ in gathered})
+    for (block, name, names), parts in gathered.items():
+        weight, label, owner = (torch.cat(part) for part in zip(*parts))
+        whole = weight.sum(1, keepdim=True)
+        share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
+        counts = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
+        contingency.setdefault(block, {})[name] = counts, names
+        if len(label) and owner[0] >= 0:
+            n = blocks * weight.numel() // EXAMINED
+            n += 1 - n % 2  # odd, to meet all places of an image
+            value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
+            bounds = [float(np.mean(null)), float(np.quantile(null, 0.95))]
+            found.setdefault(block, {})[name] = [value, *bounds]
+    return found, contingency
 
 
-def nmi_and_null(mass, label, owner, draws=100):
-    """[NMI, null mean, null 95 %] of expert with label: mass [N, E], label [N], owner [N].
+def examine(weight, label, owner, start):
+    """weight [N, E], label [N], owner [N] of the N tokens of label, owner [B, T] with a label."""
+    (B, T), labeled = label.shape, label >= 0
+    # Of T tokens in each example; or of all as one, where a sequence is routed whole.
+    weight = weight.reshape(B, -1, weight.shape[-1])
+    if weight.shape[1] < len(owner[0].unique()):
+        # A sequence routed whole has one routing for many labels: it is their owner.
+        owner = torch.arange(start, start + B)[:, None].expand(B, T)
+    return weight.expand(B, T, -1)[labeled], label[labeled], owner[labeled]
 
-    The null hands each owner's labels to a random other owner. All tokens of an owner have one
-    label (a document's topic), or one routing (a sequence routed whole).
+
+def nmi_and_null(weight, label, owner, draws=100):
+    """NMI of expert with label, and that of each draw by chance: weight [N, E], label, owner [N].
+
+    By chance each owner's labels go to a random other owner. All tokens of an owner have one label
+    (a document's topic), or one routing (a sequence routed whole).
     """
     owners, index = owner.unique(return_inverse=True)
-    routed = mass.new_zeros(len(owners), mass.shape[1]).index_add(0, index, mass)  # [owners, E]
-    share = (1 / index.bincount()[index]).to(mass.dtype)  # of an owner, each of its tokens
+    routed = weight.new_zeros(len(owners), weight.shape[1]).index_add(0, index, weight)
+    share = (1 / index.bincount()[index]).to(weight.dtype)  # of an owner, each of its tokens
     places = torch.stack([label, index])
     labels = torch.sparse_coo_tensor(places, share, check_invariants=True)  # [labels, owners]
-    labels, null = labels.coalesce(), []
-    g = seeded("null")
+    labels, null, g = labels.coalesce(), [], seeded("null")
+    of_label, of_owner = labels.indices()
+    like = dict(size=labels.shape, is_coalesced=True, check_invariants=False)
     for _ in range(draws):
         order = torch.randperm(len(owners), generator=g)  # owner o gets the labels of order[o]
-        null.append(nmi(labels @ routed[order.argsort()]))
-    value = nmi(labels @ routed)
-    return [value, float(np.mean(null)), float(np.quantile(null, 0.95))]
+        other = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        places = torch.stack([of_label, other[of_owner]])  # this is faster than to move `routed`
+        null.append(nmi(torch.sparse_coo_tensor(places, labels.values(), **like) @ routed))
+    return nmi(labels @ routed), null
 
 
-def nmi(joint):
-    """Normalised mutual information I / sqrt(H H) of a joint mass [labels, E]; 0 if an H is 0."""
-    p = joint.double() / joint.sum()
+def nmi(counts):
+    """Normalized mutual information I / sqrt(H H) of counts [labels, E]; 0 if an H is 0."""
+    p = counts.double() / counts.sum()
     labels, experts, both = (float(entr(q).sum()) for q in (p.sum(1), p.sum(0), p))
     if min(labels, experts) <= 1e-12:
         return 0.0
@@ -895,356 +774,213 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
   body {{ font: 15px/1.5 sans-serif; margin: 1.5em auto; max-width: 1180px; padding: 0 1em; }}
-  .row {{ display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1em 2em; }}
-  .wide {{ overflow-x: auto; }}
-  svg, img {{ max-width: 100%; height: auto; }}
+  figure {{ display: inline-block; vertical-align: top; margin: 0 2em 1em 0; width: 350px; }}
+  figure svg {{ width: 100%; height: 160px; border: 1px solid #999; }}
+  polyline {{ fill: none; stroke-width: 1.5px; vector-effect: non-scaling-stroke; }}
   pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }}
   pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
-  td, th {{ padding: .1em .7em .1em 0; text-align: left; }}
-  .mosaic td, .mosaic th {{ padding: 0; text-align: center; }}
+  .map {{ display: inline-table; margin-right: 2em; }}
   .map td {{ width: 22px; height: 22px; padding: 0; border: 1px solid #ddd; }}
-  caption {{ font-weight: bold; text-align: left; }}
-  span {{ white-space: pre-wrap; }}
 </style>
 <h1>{title}</h1>
 {body}
 </html>
 """
-KNOWN_SHOWS = """<p>How much an expert's choice tells of a label, as normalised mutual information
-(NMI), from 0 for nothing to 1 for all; beside it, what labels dealt by chance would give.</p>"""
-MAPS_SHOW = """<p>In a row: the share of a label's tokens that each expert serves, white none, dark
-blue the most; a token in several slots is divided by its weights. Column “none”: those that no
-expert serves.</p>"""
-SIGNS = {  # headings; a sign that statistics() adds is drawn under its own name
-    "grad_norm": "gradient norm",
-    "load": "load max/mean: 1 is even",
-    "dead": "experts without a token",
-    "dropped": "share of tokens in no slot",
-    "slots_per_token": "slots a token sits in",
-    "entropy": "entropy of the gates: 1 is uniform",
-    "router_gradient": "norm of the router's gradient",
+CURVES = {  # of the numbers in metrics.jsonl, those that the page shows
+    "loss": "training loss",
+    "load_max": "load_max: the largest load over the mean; 1 is even",
+    "dropped": "dropped: share of tokens that no expert serves",
+    "entropy": "entropy of the gates; 1 is uniform",
 }
-DASHES = ("none", "6 3", "2 3", "8 3 2 3")  # tell lines apart that lie over one another
-LIMITS = {"load": (1, 2), "dropped": (0, 1), "entropy": (0, 1)}  # what a picture shows at least
 
 
-def report_page(settings, data, model, summary, joints, record):
-    """The page of one run, HTML that needs no network."""
-    texts = {"data": data.about, "seed": str(settings.seed)}
-    texts |= row([cells(summary, TASKS[settings.task])])
-    body = ["<div class=wide><table>"]
-    for name, text in texts.items():
-        if text != "-":
-            body.append(f"<tr><th>{escape(name)}<td>{escape(text)}")
-    body.append("</table></div>")
-    body += ["<h2>Step by step</h2>", "<div class=row>"]
-    body += [*health(read_lines(record.folder)), "</div>"]
-    rows, maps = known(summary), []
-    if rows:
-        body.append("<h2>What experts know</h2>")
-        body.append(f"{KNOWN_SHOWS}<pre class=table>{escape(table(rows))}</pre>")
-    for block, labels in joints.items():
-        for name, (joint, names) in labels.items():
-            if len(names) <= 24:  # more rows are no picture
-                maps.append(heat_map(f"block {block}: {name}", joint, names))
-    if maps:
-        body.append("<h2>Where the tokens of each label go</h2>")
-        body += [MAPS_SHOW, "<div class=row>", *maps, "</div>"]
-    body.append(data.pictures(model, joints))
-    heading = escape(f"{settings.task}, router {title(settings)}")
-    return PAGE.format(title=heading, body="\n".join(body))
+def run_page(data, model, summary, shown, lines, contingency):
+    """The page of one run, HTML that needs no network. shown: what is printed; lines: the log."""
+    drawn = {name: {} for name in CURVES}  # {name: {"" or a block: [(step, value), ...]}}
+    for line in lines:
+        for block, values in {"": line, **line["blocks"]}.items():
+            for name in drawn.keys() & values.keys():
+                drawn[name].setdefault(block, []).append((line["step"], values[name]))
+    body = [f"<pre class=table>{escape(data.description)}\n{escape(shown)}</pre>"]
+    body += [curves(CURVES[name], of_name) for name, of_name in drawn.items() if of_name]
+    gains = {}  # {(block, label): NMI above chance}
+    for block, labels in summary["specialization"].items():
+        for label, (value, by_chance, _) in labels.items():
+            if len(contingency[block][label][1]) <= 24:  # more rows are no picture
+                gains[block, label] = value - by_chance
+    body.append("<h3>Which expert serves which share of a label's tokens, where it tells most</h3>")
+    for block, label in sorted(gains, key=gains.get, reverse=True)[:3]:
+        body.append(heat_map(f"block {block}: {label}", *contingency[block][label]))
+    body.append(data.pictures(model))
+    title = escape(f"Router {summary['router']} on {data.examples}")
+    return PAGE.format(title=title, body="\n".join(body))
+
+
+def curves(heading, lines):
+    """A picture of lines {name: [(x, y), ...]} in one frame; above it stands how far they reach."""
+    xs, ys = zip(*itertools.chain(*lines.values()))
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    drawn = legend = ""
+    for i, (name, line) in enumerate(lines.items()):
+        points = ""
+        for x, y in line:
+            across, up = (x - left) / (right - left or 1), (y - low) / (high - low or 1)
+            points += f"{across:.4f},{1 - up:.4f} "
+        ink = "rgb{}".format(color(i, len(lines), lightness=0.4))
+        drawn += f'<polyline points="{points}" stroke="{ink}"/>'
+        legend += f'<span style="color:{ink}">&#9632; {escape(str(name))}</span> '
+    frame = 'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1" preserveAspectRatio="none"'
+    reach = f"<b>{escape(heading)}</b><br>{low:.4g} to {high:.4g}, steps {left} to {right}"
+    return f"<figure>{reach}<svg {frame}>{drawn}</svg>{legend}</figure>"
+
+
+def heat_map(heading, counts, names):
+    """A table of counts [labels, E + 1]: of each label, the share of its tokens in each column."""
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1e-9)
+    heads = "".join(f"<th>{e}" for e in range(share.shape[1] - 1))
+    page = f"<caption>{escape(heading)}</caption><tr><th>{heads}<th>none"
+    for name, values in zip(names, share.tolist()):
+        page += f"<tr><th>{escape(str(name))}"
+        for value in values:
+            page += f'<td style="background:rgba(8,48,107,{value:.2f})" title="{value:.3f}">'
+    return f"<table class=map>{page}</table>"
 
 
 def grid_page(entries, shown):
-    """The page of a grid: its table, and the loss of each row, the mean over its runs."""
-    smooth = {}
+    """The page of a grid: its table, what each row gains at which cost, and its loss."""
+    drawn = {}
     for entry in entries:
         losses = {}
-        for done in entry.runs:
-            for line in done.lines:
-                if "loss" in line:
-                    losses.setdefault(line["step"], []).append(line["loss"])
-        points = [(step, float(np.mean(of_runs))) for step, of_runs in sorted(losses.items())]
-        smooth[entry.name] = smoothed(points)
-    body = f"<pre class=table>{escape(shown)}</pre><div class=row>"
-    body += curves("training loss, mean over seeds, smoothed", smooth, width=640, height=380)
-    legend = ""
-    for i, name in enumerate(smooth):
-        mark = f'<span style="color:{hue(i, len(smooth))}">&#9632;</span>'
-        legend += f"<div>{mark} {escape(name)}</div>"
-    return PAGE.format(title="Results", body=f"{body}<div>{legend}</div></div>")
+        for line in itertools.chain(*(done.lines for done in entry.runs)):
+            losses.setdefault(line["step"], []).append(line["loss"])
+        drawn[entry.name] = [(step, np.mean(values)) for step, values in losses.items()]
+    body = f"<pre class=table>{escape(shown)}</pre>{scatter(entries)}"
+    body += curves("training loss, mean over seeds", drawn)
+    return PAGE.format(title="Results", body=body)
 
 
-def smoothed(line, width=0.02):
-    """A line of (x, y), each y the mean of its neighbours within a share of the length."""
-    reach = round(width * len(line))
-    means = []
-    for i, (x, _) in enumerate(line):
-        _, near = zip(*line[max(0, i - reach) : i + reach + 1])
-        means.append((x, float(np.mean(near))))
-    return means
-
-
-def health(lines):
-    """Pictures of the loss, the gradient's norm and every sign of the blocks, step by step."""
-    drawn = {}  # {sign: {name of its line: points}}
-    for line in lines:
-        groups = {"": {name: line[name] for name in ("loss", "grad_norm") if name in line}}
-        groups |= {f"block {block}": signs for block, signs in line.get("blocks", {}).items()}
-        for name, signs in groups.items():
-            for sign, value in signs.items():
-                drawn.setdefault(sign, {}).setdefault(name, []).append((line["step"], value))
-    return [curves(SIGNS.get(sign, sign), drawn[sign], LIMITS.get(sign, ())) for sign in drawn]
-
-
-def curves(heading, lines, limits=(), width=350, height=210):
-    """An SVG of lines {name: [(x, y), ...]} in one frame. limits: y that must be seen."""
-    points = [point for point in itertools.chain(*lines.values()) if math.isfinite(point[1])]
-    xs, ys = zip(*(points or [(0, 0), (1, 1)]))
-    ys += limits
-    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    if high == low:
-        high = low + (abs(low) or 1)
-    x0, y0, w, h = 52, 26, width - 64, height - 50
-
-    def across(x):
-        return x0 + w * (x - left) / ((right - left) or 1)
-
-    def up(y):
-        return y0 + h * (high - y) / (high - low)
-
-    parts = [svg_text(x0, 16, heading, more='font-weight="bold"')]
-    parts.append(f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#999"/>')
-    for tick in ticks(low, high):
-        parts.append(f'<path d="M{x0},{up(tick):.1f}h{w}" stroke="#ddd"/>')
-        parts.append(svg_text(x0 - 5, up(tick) + 4, f"{tick:.4g}", "end"))
-    for tick in ticks(left, right):
-        parts.append(svg_text(across(tick), y0 + h + 16, f"{tick:.6g}", "middle"))
-    for i, (name, line) in enumerate(lines.items()):
-        drawn = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line if math.isfinite(y))
-        ink, dashes = hue(i, len(lines)), DASHES[i % len(DASHES)]
-        style = f'stroke="{ink}" stroke-width="1.5" stroke-dasharray="{dashes}"'
-        label = f"<title>{escape(name)}</title>"
-        parts.append(f'<polyline points="{drawn}" fill="none" {style}>{label}</polyline>')
-        if 1 < len(lines) <= 6:
-            parts.append(svg_text(x0 + w - 8, y0 + 14 + 14 * i, name, "end", f'fill="{ink}"'))
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
-    return f"<svg {style} {size}>{''.join(parts)}</svg>"
-
-
-def ticks(low, high):
-    """Three to six round numbers from low to high."""
-    if not high > low:
-        return [low]
-    step = 10 ** math.floor(math.log10(high - low))
-    while (high - low) / step > 5:
-        step *= 2
-    while (high - low) / step < 2:
-        step /= 2
-    first = math.ceil(low / step - 1e-9)
-    return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def heat_map(heading, joint, names):
-    """A table of joint [labels, E + 1]: of each label, the share of its tokens in each column."""
-    share = joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
-    most = max(1e-9, float(share.max()))
-    heads = [*map(str, range(share.shape[1] - 1)), "none"]
-    parts = [f"<th>{head}" for head in ("", *heads)]
-    for name, values in zip(map(str, names), share.tolist()):
-        parts.append(f"<tr><th>{escape(name)}")
-        for head, value in zip(heads, values):
-            style = f"background:rgba(8,48,107,{value / most:.2f})"
-            parts.append(f'<td style="{style}" title="{escape(name)}, {head}: {value:.3f}">')
-    darkest = f"<caption>{escape(heading)}; the darkest: {most:.2f}</caption>"
-    return f"<table class=map>{darkest}<tr>{''.join(parts)}</table>"
-
-
-def svg_text(x, y, words, anchor="start", more=""):
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f"<text {place} {more}>{escape(words)}</text>"
-
-
-def hue(i, count):
-    """The colour of line i of so many; a lone line is grey."""
-    return "#444444" if count == 1 else "rgb{}".format(color(i, count, lightness=0.4))
-
-
-def picture(folders, path, count=5):
-    """Write a PNG: test images, and beside them, run by run, their patches coloured by expert."""
-    parts = []
-    for folder in folders:
-        _, data, model = load_run(folder)
-        part = data.mosaic(model, count)
-        parts.append(np.pad(part, ((0, 0), (0, 12), (0, 0)), constant_values=255))
-    pathlib.Path(path).write_bytes(moe_vision.png(np.concatenate(parts, 1)))
+def scatter(entries):
+    """An SVG: the first column of each row against its GFLOPs; names stand beside, in order."""
+    first = entries[0].runs[0].cells
+    column = next(name for name in first if first[name] is not None)
+    points = []
+    for entry in entries:
+        of_runs = [(done.cells["GFLOPs"], done.cells[column]) for done in entry.runs]
+        points.append(np.mean(of_runs, 0))
+    (left, low), (right, high) = np.min(points, 0), np.max(points, 0)
+    names = f"{column} from {low:.4g} to {high:.4g}, GFLOPs from {left:.4g} to {right:.4g}"
+    parts = [f'<text y="14">{escape(names)}</text>']
+    height = max(260, 16 * len(entries))
+    for place, i in enumerate(np.argsort([-y for _, y in points], kind="stable")):
+        x = np.interp(points[i][0], [left, right], [10, 360])
+        y = np.interp(points[i][1], [low, high], [height, 40])
+        parts.append(f'<path d="M{x},{y}L395,{36 + 16 * place}" stroke="#ccc"/>')
+        parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="#08306b"/>')
+        parts.append(f'<text x="400" y="{40 + 16 * place}">{escape(entries[i].name)}</text>')
+    frame = f'xmlns="http://www.w3.org/2000/svg" width="760" height="{height + 20}"'
+    return f"<svg {frame}>{''.join(parts)}</svg>"
 
 
 # ================================================================ Later: runs that survive
-VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__}
-VERSIONS["python"] = platform.python_version()
-
-
 class Record:
-    """The folder of a run. As a context, it keeps other processes out of the folder."""
+    """The folder of a run, in which process 0 alone writes."""
 
-    def __init__(self, settings, said, about, folder=None, resume=False):
-        """about: the data. resume: the folder holds a checkpoint to go on from."""
-        self.settings, self.said = settings, said
-        self.made_by = VERSIONS | {"data": about}
-        self.folder = pathlib.Path(folder or settings.out or fresh_folder(settings))
-        self.new, self.resume = folder is None, resume
+    def __init__(self, settings, folder):
+        self.settings, self.folder, self.checkpoint = settings, folder, folder / "checkpoint.pt"
         self.writes = processes()[0] == 0
-        self.lock = self.lines = None
-        self.saved = self.end = 0  # the last checkpoint's step, and where metrics.jsonl ended
-        self.before = self.first = 0.0  # seconds spent earlier, seconds of the first step
+        self.end = 0  # of metrics.jsonl at the last checkpoint
+        self.start = self.saved_at = time.perf_counter()
+        self.seconds = 0.0  # of training, until the last checkpoint
 
-    def __enter__(self):
-        if self.writes:
-            if self.folder.is_file():
-                raise ValueError(f"--out {self.folder} is a file")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.new and any(self.folder.iterdir()):
-                raise ValueError(f"--out {self.folder} is not empty; choose another folder")
-            self.lock = locked(self.folder)
-            if (self.folder / "checkpoint.pt").exists() and not self.resume:
-                os.close(self.lock)
-                raise ValueError(f"{self.folder}: another process has trained there meanwhile")
-        return self
+    def restore(self, data, model, optimizer):
+        """Load the checkpoint, if there is one; returns its step. Nothing is written."""
+        if not self.checkpoint.exists():
+            return 0
+        if read_json(self.folder / "config.json")["fingerprint"] != data.fingerprint:
+            raise ValueError(f"{self.folder} was trained on other data than {data.description}")
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # runs no code
+        if saved["step"] > self.settings.steps:
+            raise ValueError(f"{self.folder} is at step {saved['step']}, beyond --steps")
+        if saved["step"] == self.settings.steps and (self.folder / "summary.json").exists():
+            self.writes = False  # it is finished, and only evaluated again
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        self.end, self.seconds = saved["metrics_end"], saved["seconds"]
+        self.start -= self.seconds
+        return saved["step"]
 
-    def __exit__(self, error_type, error, trace):
-        if self.lines is not None:
-            self.lines.close()
-        if self.lock is not None:
-            os.close(self.lock)
-        if error_type is FloatingPointError:
-            good = "no checkpoint was saved before"
-            if self.saved:
-                good = f"the checkpoint of step {self.saved} in {self.folder} is the last good one"
-            raise FloatingPointError(f"diverged at {error}; {good}") from None
-
-    def restore(self, model, optimizer):
-        """Load the checkpoint into model and optimizer; returns its step. Nothing is written."""
-        checkpoint = read_checkpoint(self.folder)
-        with reading(self.folder, "holds a checkpoint that does not fit the run"):
-            for name, value in of_result(self.settings).items():
-                had = checkpoint["settings"][name]
-                if had != value and name != "steps":
-                    raise ValueError(f"it has {flag(name)} {had}, not {value}")
-            self.saved, self.end = int(checkpoint["step"]), int(checkpoint["metrics_end"])
-            self.before, made_by = float(checkpoint["seconds"]), checkpoint["made_by"]
-            most = self.settings.steps
-            if self.saved > most:
-                raise ValueError(f"it is of step {self.saved}, beyond --steps {most}")
-            if self.writes and (self.folder / "metrics.jsonl").stat().st_size < self.end:
-                raise ValueError("metrics.jsonl is shorter than at the checkpoint")
-            model.load_state_dict(checkpoint["model"])
-            load_optimizer(optimizer, checkpoint["optimizer"])
-        if made_by != self.made_by:
-            note = f"the checkpoint is of {made_by}, this is {self.made_by}"
-            print(f"{note}: it goes on, not bit for bit", file=sys.stderr)
-        return self.saved
-
-    def begin(self, data, device):
-        """Make this the folder of an unfinished run, metrics.jsonl cut back to the checkpoint."""
-        self.start = time.perf_counter()
+    def begin(self, overrides, data):
+        """Make this the folder of a run that trains, metrics.jsonl cut back to the checkpoint."""
         if not self.writes:
             return
-        if self.saved < self.settings.steps:
-            (self.folder / "summary.json").unlink(missing_ok=True)
-        for part in self.folder.glob("*.part"):  # of a process killed while it wrote
-            part.unlink()
-        for name, content in data.files().items():
-            save(self.folder / name, content)
-        config = {"said": self.said, "settings": vars(self.settings), "device": device.type}
-        config |= {"threads": torch.get_num_threads(), "processes": processes()[1]} | VERSIONS
-        save(self.folder / "config.json", config)
-        self.lines = open(self.folder / "metrics.jsonl", "r+b" if self.saved else "wb")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lines = open(self.folder / "metrics.jsonl", "ab")
+        lock(self.lines)  # until the record goes, and closes it
         self.lines.truncate(self.end)
-        self.lines.seek(self.end)
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        if "data" in overrides:
+            overrides = overrides | {"data": self.settings.data}  # absolute, if it is a path
+        config = {"overrides": overrides, "settings": vars(self.settings)}
+        config |= {"data": data.description, "fingerprint": data.fingerprint}
+        config |= {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+        save(self.folder / "config.json", json.dumps(config, indent=1))
 
     def log(self, step, values):
         """A line of metrics.jsonl. It holds no clock, so that equal runs have equal files."""
-        remark = {"remark": self.settings.remark} if self.settings.remark else {}
+        line = {"step": step}
+        if self.settings.label:
+            line["label"] = self.settings.label
+        for name, value in values.items():
+            if not isinstance(value, float) or math.isfinite(value):  # JSON has no other numbers
+                line[name] = value
         if self.writes:
-            self.lines.write(json.dumps({"step": step, **remark, **values}).encode() + b"\n")
+            self.lines.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self.lines.flush()
 
+    def due(self):
+        """Is it time for a checkpoint? The clock of process 0 decides."""
+        return self.writes and time.perf_counter() - self.saved_at >= 60 * self.settings.save_every
+
     def save(self, step, model, optimizer):
-        if self.writes and step > self.saved:
-            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            os.fsync(self.lines.fileno())  # before a checkpoint that counts on these lines
-            content |= {"step": step, "metrics_end": self.lines.tell(), "seconds": self.seconds()}
-            content |= {"settings": of_result(self.settings), "made_by": self.made_by}
-            save(self.folder / "checkpoint.pt", content)
-        self.saved = step
-
-    def seconds(self):
-        return self.before + time.perf_counter() - self.start
-
-    def note_first_step(self):
-        self.first = self.first or time.perf_counter() - self.start
-
-    def spent(self):
-        """Seconds and examples a second of training; a compiled first step is counted apart."""
-        seconds, steps = self.seconds(), self.settings.steps
-        spent = {"seconds": seconds}
-        if self.settings.compile and steps > 1:
-            spent["first_step_seconds"] = self.first
-            seconds, steps = seconds - self.first, steps - 1
-        rate = self.settings.batch_size * steps / max(seconds, 1e-9)
-        return spent | {f"{TASKS[self.settings.task].UNIT}_per_second": rate}
+        self.seconds = time.perf_counter() - self.start
+        if self.writes:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            saved |= {"metrics_end": self.lines.tell(), "seconds": self.seconds}
+            raw = io.BytesIO()  # in memory first: so a full disk is an OSError like any other
+            torch.save(saved, raw)
+            save(self.checkpoint, raw.getvalue())
+        self.saved_at = time.perf_counter()
 
     def finish(self, summary, page):
         """The last lines of metrics.jsonl, the report, the summary; before anything is printed."""
+        if not self.writes:
+            return
         for split, values in summary.items():
             if isinstance(values, dict) and "blocks" in values:
                 self.log(self.settings.steps, {"split": split, **values})
         save(self.folder / "report.html", page)
-        save(self.folder / "summary.json", summary)
+        save(self.folder / "summary.json", json.dumps(summary, indent=1))
 
 
-def fresh_folder(settings):
-    for number in itertools.count():
-        folder = pathlib.Path("runs", f"{settings.task}-{settings.router}-{number}")
-        if not folder.exists():
-            return folder
-
-
-def locked(folder):
-    """A lock on the folder, which ends with this process however it ends. ValueError if taken."""
+def lock(file):
+    """Keep other processes out until it is closed; ValueError if one is in."""
     try:
-        import fcntl
-    except ImportError:
-        return None  # on Windows nothing keeps two processes out of one folder
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(file, LOCK_EX | LOCK_NB)
     except BlockingIOError:
-        os.close(lock)
+        folder = pathlib.Path(file.name).parent
         raise ValueError(f"{folder} is in use: another process trains there") from None
-    return lock
-
-
-def of_result(settings):
-    """The settings that decide what a run computes."""
-    return {name: value for name, value in vars(settings).items() if name not in FREE}
+    except (OSError, NameError):
+        pass  # some file systems have no locks, nor has Windows
 
 
 def save(path, content):
-    """Write a file whole or not at all: to another name, flushed, then in place of the old one."""
-    raw = io.BytesIO()
-    if path.suffix == ".pt":
-        torch.save(content, raw)  # in memory first: so a full disk is an OSError like any other
-    elif isinstance(content, str):
-        raw.write(content.encode("utf-8", "replace"))
-    else:
-        raw.write((json.dumps(content, indent=1) + "\n").encode())
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may write the same file
+    """Write text or bytes, whole or not at all: under another name, then in place of the old."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it too
     try:
         with open(part, "wb") as file:
-            file.write(raw.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1252,120 +988,25 @@ def save(path, content):
         part.unlink(missing_ok=True)
 
 
+def read_json(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def read_lines(folder):
+    """The training lines of metrics.jsonl: an evaluation has no gradient."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "grad_norm" in line]
+
+
 @contextmanager
 def signals():
     """Inside, Ctrl-C and SIGTERM wait for the end of the step: a list of those caught."""
     caught = []
-
-    def keep(number, frame):
-        caught.append(number)
-
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as after:
+        for number in signal.SIGINT, signal.SIGTERM:
+            before = signal.signal(number, lambda number, frame: caught.append(number))
+            after.callback(signal.signal, number, before)
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def reading(folder, broken):
-    """Inside, whatever goes wrong with a damaged file is a ValueError."""
-    try:
-        yield
-    except Exception as error:
-        why = one_line(error).split(". ")[0]
-        raise ValueError(f"{folder} {broken}: {why}") from None
-
-
-def read_file(folder, name, missing="is no run"):
-    """The bytes of a file. ValueError if it is missing, or a pipe: to open one is to wait."""
-    path = pathlib.Path(folder, name)
-    if not path.is_file():
-        raise ValueError(f"{folder} {missing}: {name} is missing")
-    return path.read_bytes()
-
-
-def read_said(folder):
-    """What was said of a run, checked as on the command line. ValueError for another folder."""
-    raw = read_file(folder, "config.json")
-    with reading(folder, "is no run: config.json does not hold its settings"):
-        said = json.loads(raw)["said"]
-        if "help" in said:
-            raise ValueError("it holds more than the settings of a run")
-        words = []
-        for name, value in said.items():
-            if isinstance(value, bool):
-                words.append(flag(name if value else f"no_{name}"))
-            else:
-                words.append(f"{flag(name)}={spell(value)}")
-        action, lists = parse(words)
-        if action is not None or lists.get("router") == ["all"]:
-            raise ValueError("it holds more than the settings of a run")
-        parsed = {name: values[0] for name, values in lists.items()}
-        if parsed != said:
-            raise ValueError("it holds values of a wrong type")
-        return parsed
-
-
-def read_checkpoint(folder):
-    """A checkpoint, read without running code in it. ValueError if missing, broken or unsafe."""
-    raw = io.BytesIO(read_file(folder, "checkpoint.pt", "was never saved"))
-    with reading(folder, "holds a checkpoint.pt that cannot be read as a checkpoint"):
-        with zipfile.ZipFile(raw) as archive:
-            if archive.testzip():
-                raise ValueError("its checksum is wrong")
-        raw.seek(0)
-        return torch.load(raw, map_location="cpu", weights_only=True)
-
-
-def load_optimizer(optimizer, state):
-    """load_state_dict, which itself would take numbers of any shape. ValueError for wrong ones."""
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            shape = () if name == "step" else parameter.shape
-            if not torch.is_tensor(value) or value.shape != shape:
-                raise ValueError(f"the optimiser's {name} has a wrong shape")
-
-
-def read_lines(folder):
-    """The training lines of metrics.jsonl; one that is damaged is left out."""
-    lines = []
-    for text in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
-        with suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("grad_norm"), float):
-                lines.append(line)  # an evaluation has no gradient
-    return lines
-
-
-def load_run(folder, device="auto", load=None):
-    """settings, data and model of a run. ValueError for a folder that is none.
-
-    load(settings, device, folder) gives the data; by default as for training.
-    """
-    folder = pathlib.Path(folder)
-    settings = settle(read_said(folder) | {"device": device})
-    checkpoint = read_checkpoint(folder)
-    device = pick_device(settings)
-    data = (load or TASKS[settings.task].load)(settings, device, folder)
-    model = build(settings, data, device)
-    with reading(folder, "holds a checkpoint that does not fit the run"):
-        model.load_state_dict(checkpoint["model"])
-    return settings, data, model
-
-
-def sample(folder, asked):
-    """--sample: print text from a run. ValueError for a folder that is none, or cannot write."""
-    settings, data, model = load_run(folder, asked.device, moe_tokens.Vocabulary)
-    with dropless(model) as differs:
-        print(moe_tokens.sample(model, data.tokenizer, settings, asked, sys.stdout.isatty()))
-    notes = [settings.remark] if settings.remark else []
-    if differs:
-        notes.append("sampled dropless, trained with a capacity")
-    if notes:
-        print(f"({'; '.join(notes)})")
 
 
 # ================================================================ Later: many processes
@@ -1375,17 +1016,22 @@ def process_group():
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        value = os.environ.get(name)
-        if not str(value).isdigit():
-            raise ValueError(f"torchrun sets {name} to a whole number, got {name}={value}")
-    # A timeout of hours: in a grid, the others wait while process 0 evaluates a run.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # to wait for process 0
+    rank = processes()[0]
+    if rank:  # process 0 speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except (Exception, SystemExit) as error:
+        if rank:  # but for what went wrong here alone
+            why = " ".join(repr(error.__cause__ or error).split())
+            print(f"train.py: process {rank}: {why}", file=sys.__stderr__)
+        raise  # the group stays: to leave it is to wait for the others, whom torchrun ends
+    dist.barrier()  # process 0 has evaluations and the table to finish
+    dist.destroy_process_group()
 
 
 def processes():
@@ -1394,7 +1040,7 @@ def processes():
 
 
 def wrap(settings, model):
-    """The model as it is trained: synchronised between processes, compiled."""
+    """The model as it is trained: synchronized between processes, compiled."""
     if dist.is_initialized():
         model = DistributedDataParallel(model)
     if settings.compile:
@@ -1412,242 +1058,92 @@ def parts_of_batch(settings):
 
 
 def total(values, device, divisor=1):
-    """{name: number} summed over all processes, divided by `divisor`."""
+    """{name: number, or tensors of one shape} summed over all processes, divided by `divisor`."""
     if not dist.is_initialized() or not values:
         return values
-    vector = torch.stack([torch.as_tensor(value).double().to(device) for value in values.values()])
-    dist.all_reduce(vector)
-    return dict(zip(values, vector / divisor))
-
-
-# ================================================================ Later: grids
-def grid(lists):
-    """Every combination of lists, {setting: [values]}: a run folder each, below --out.
-
-    Finished runs are kept, unfinished ones go on, equal ones are one. Ends with the table.
-    """
-    for name in ("out", "device", "log_every", "save_every", "task", "head"):
-        if len(lists.get(name, ())) > 1:
-            raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
-    every = "all" in lists.get("router", ())
-    if every:
-        lists = lists | {"router": list(ROUTER_KINDS)}
-        lists.setdefault("dense_match", ["active", "total"])
-    task = lists.get("task", [SETTINGS["task"][1]])[0]
-    out = pathlib.Path(lists.get("out", [f"runs/grid-{task}"])[0])
-    runs = grid_runs(lists, every)
-    here = [done.settings for done in finished(out)[0]]
-    one_task(out, here + [settle(cell) for _, cell in runs.values()])
-    out.mkdir(parents=True, exist_ok=True)
-    status = 0
-    for code, (name, cell) in tqdm(runs.items(), desc="grid", dynamic_ncols=True):
-        folder = next(out.glob(f"*-{code}"), out / f"{name}-{code}")
-        if (folder / "summary.json").exists():
-            continue
-        try:
-            ended = run(cell, folder, resume=(folder / "checkpoint.pt").exists())
-        except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
-            if dist.is_initialized():
-                raise  # perhaps in this process alone: the others must not wait for it
-            why = explain(error)
-            if why is None:
-                traceback.print_exc()
-            print(f"{folder} failed: {why or one_line(error)}", file=sys.stderr)
-            ended = 1
-        gc.collect()  # a model and its data hold each other
-        if ended > 128:
-            return ended
-        status = max(status, ended)
-    if processes()[0] == 0:
-        results(out)
-    if dist.is_initialized():
-        dist.barrier()  # process 0 has evaluations and the table to finish
-    return status
-
-
-def grid_runs(lists, every):
-    """{code: (name, said of one run)}. ValueError for a setting or combination that no run takes.
-
-    every: with --router all, routers that cannot take the settings are left out.
-    """
-    axes = [name for name, values in lists.items() if len(values) > 1]
-    runs, failed = {}, []
-    useful, useless = set(), {}  # settings with an effect in some cell; why others have none
-    for values in itertools.product(*lists.values()):
-        cell = dict(zip(lists, values))
-        idle = unused(cell)
-        useless |= idle
-        cell = {name: value for name, value in cell.items() if name not in idle}
-        try:
-            settings = settle(cell)
-        except ValueError as error:
-            why = f"{filled(cell).router}: {error}"
-            if every and why not in failed:  # once for all its seeds
-                print(f"left out: {why}")
-            failed.append(why)
-            if every:
-                continue
-            at = " ".join(f"{flag(name)} {spell(cell[name])}" for name in axes if name in cell)
-            raise ValueError(f"{at}: {error}") from None
-        useful |= set(cell)
-        config = json.dumps(of_result(settings), sort_keys=True)
-        code = hashlib.sha256(config.encode()).hexdigest()[:8]
-        parts = [settings.router]
-        for name in axes:
-            if name in cell and name not in ("router", "seed"):
-                parts.append(f"{flag(name)[2:]}_{spell(cell[name])}".replace("/", "_"))
-        name = "-".join([*parts, f"seed_{settings.seed}"])
-        runs[code] = name[:120], cell  # file systems limit names; the code tells them apart
-    if not runs:
-        raise ValueError(f"no router takes these settings; {failed[0]}")
-    for name, why in useless.items():
-        if name not in useful:
-            raise ValueError(why)
-    return runs
+    stacked = torch.stack([torch.as_tensor(value).double().to(device) for value in values.values()])
+    dist.all_reduce(stacked)
+    return dict(zip(values, stacked / divisor))
 
 
 # ================================================================ Later: what routing costs
-def bench(said):
-    """Forward and backward of one MoE layer, of every router or --router, in a table.
+TOKENS, GROUP, ROUNDS = 4096, 256, 9  # of --bench: tokens, those in a group, rounds that are timed
+
+
+def bench(overrides):
+    """--bench: forward and backward of one MoE layer, of every router or --router: medians.
 
     Held against a dense FFN of the experts' FLOPs, the experts alone on as many slots, and the
-    tensor form. Times are medians; "kept" is what a forward leaves for its backward.
+    multiplication by the two tensors.
     """
-    sizes = dict(router="all", dim=256, hidden=1024, experts=16, out=None, compile=False)
-    sizes |= dict(dtype="auto", device="auto") | {name: of[1] for name, of in BENCH.items()}
-    for name in said:
-        if name not in sizes | OPTIONS:
-            raise ValueError(f"{flag(name)} means nothing beside --bench")
-    b = SimpleNamespace(**(sizes | said))
-    if b.router not in (*ROUTERS, "all"):
-        raise ValueError(f"--bench times routers: {', '.join(ROUTERS)}; got {b.router!r}")
-    if b.tokens % b.group_size:
-        raise ValueError(f"--group-size must divide --tokens {b.tokens}, got {b.group_size}")
-    if b.out:
-        open(b.out, "ab").close()  # fails now rather than after all the timing
-    b.device = pick_device(b)
-    names = list(ROUTERS) if b.router == "all" else [b.router]
-    for option in said:
-        if option in OPTIONS and not any(option in ROUTERS[name].defaults for name in names):
-            raise ValueError(f"{flag(option)} is no option of --router {b.router}")
-    measured, rows = [], []
-    for name in names:
-        try:
-            measured.append(bench_router(b, name, said))
-        except ValueError as error:
-            if b.router != "all":
-                raise
-            print(f"left out: {name}: {error}")
-            continue
-        ms, ratio, kept = measured[-1]["ms"], measured[-1]["ratio"], measured[-1]["MiB"]
-        line = {"router": name, "ms": f"{ms['layer']:.1f}"}
-        for what in "dense", "bare experts", "tensor form":
-            line["/ " + what] = f"{ratio[what]:.2f}" if what in ratio else "-"
-        line["MiB kept"], line["dense MiB"] = f"{kept['layer']:.0f}", f"{kept['dense']:.0f}"
-        rows.append(line)
-    if b.out:
-        save(pathlib.Path(b.out), measured)
-    shape = f"{b.tokens} tokens in groups of {b.group_size}, width {b.dim}, hidden {b.hidden}"
-    place = f"{b.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{shape}, {b.experts} experts; {place}, median of {b.repeats}")
+    b = dict(router="all", dim=256, hidden=1024, experts=16, compile=False)
+    b = SimpleNamespace(**(b | dict(dtype="auto", device="auto") | overrides))
+    b.device, rows = pick_device(b), []
+    for name in ROUTERS if b.router == "all" else [b.router]:
+        options = {option: overrides[option] for option in overrides.keys() & OPTIONS.keys()}
+        if b.router == "all":
+            for option in options.keys() - ROUTERS[name].defaults.keys():
+                del options[option]
+        router = build_router(name, b.dim, b.experts, tokens=GROUP, **options)
+        rows.append({"router": name} | bench_router(b, router))
+    print(f"{b.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(table(rows))
 
 
-def bench_router(b, name, said):
-    """Times of one router's layer and of what it is held against; ms are medians of the rounds."""
-    known = ROUTERS[name].defaults
-    options = {option: value for option, value in said.items() if option in known}
-    router = build_router(name, b.dim, b.experts, tokens=b.group_size, **options)
+def bench_router(b, router):
+    """A row of the table: one router's layer, and what it is held against."""
     moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(b.device)
-    dense = ffn(b.dim, b.hidden).to(b.device)
-    x = torch.randn(b.tokens // b.group_size, b.group_size, b.dim, device=b.device)
+    dense = dense_ffn(b.dim, b.hidden).to(b.device)
+    x = torch.randn(TOKENS // GROUP, GROUP, b.dim, device=b.device)
     with torch.no_grad():
         routing = moe(x)[1]
         G, E, C, D = routing.dispatch(x).shape
-    rows = sum(getattr(routing, "filled", None) or [G * E * C])  # of the slots that are run
+    rows = sum(routing.filled or [G * E * C])  # of the slots that are run
     slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
 
     def tensor_form(z):
-        routing = moe.router(z)
-        return Routing(*routing.tensors(), routing.load).run(z, moe.experts), routing
+        dispatch, combine = moe.router(z).tensors()
+        slots = torch.einsum("gtec,gtd->gecd", dispatch.to(z.dtype), z)
+        return torch.einsum("gtec,gecd->gtd", combine.to(z.dtype), moe.experts(slots))
 
     calls = {"layer": (wrap(b, moe), x), "dense": (dense, x.new_empty(rows, D).normal_())}
     calls["bare experts"] = moe.experts, slots
-    if name != "soft" and G * E * C * b.group_size < 2**27:  # its only form, or gigabytes
+    if router.chooses and G * E * C * GROUP < 2**27:  # soft has no other form; or gigabytes
         calls["tensor form"] = tensor_form, x
-    seconds, kept = {}, {}
-    for i in range(b.repeats + 2):
-        for what, call in calls.items():
+    seconds = {what: [] for what in calls}
+    for i in range(2 + ROUNDS):
+        for what, (call, z) in calls.items():
             moe.zero_grad()
             dense.zero_grad()  # each writes its gradients afresh, as after a step
-            taken, kept[what] = timed(b, *call)
-            if i >= 2:
-                seconds.setdefault(what, []).append(taken)
-    measured = {"router": name, "options": options, "ms": {}, "ratio": {}, "MiB": {}}
-    for what, taken in seconds.items():
-        measured["ms"][what] = 1e3 * float(np.median(taken))
-        measured["ratio"][what] = float(np.median(np.divide(seconds["layer"], taken)))
-        measured["MiB"][what] = kept[what] / 2**20
-    return measured
+            seconds[what].append(timed(b, call, z))
+    layer, *others = (taken[2:] for taken in seconds.values())  # the first two rounds warm up
+    found = {"ms": f"{1e3 * np.median(layer):.1f}"}
+    for what, taken in zip(list(calls)[1:], others):
+        found[f"/ {what}"] = f"{np.median(np.divide(layer, taken)):.2f}"
+    return found
 
 
 def timed(b, call, x):
-    """Seconds of one forward and backward, and the bytes kept between them, weights and x apart."""
-    x, seen = x.detach().requires_grad_(), {}
-
-    def pack(tensor):
-        base = tensor if tensor._base is None else tensor._base
-        if not base.is_leaf or not base.requires_grad:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    synchronize = getattr(torch, b.device.type).synchronize
+    """Seconds of one forward and backward."""
+    x, synchronize = x.detach().requires_grad_(), getattr(torch, b.device.type).synchronize
     synchronize()
     start = time.perf_counter()
-    with precision(b, b.device), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+    with precision(b, b.device):
         y = call(x)
     (y[0] if isinstance(y, tuple) else y).sum().backward()
     synchronize()
-    seen.pop(x.untyped_storage().data_ptr(), None)
-    return time.perf_counter() - start, sum(seen.values())
+    return time.perf_counter() - start
 
 
 # ================================================================ Later: the command line
 def main(words=None):
-    """Run the command line; returns the exit status: 2 after an error, 1 if a run diverged."""
+    """Run the command line; returns the exit status: 1 if a run diverged, 2 after a mistake."""
     keep_memory()
-    with redirect_stdout(Outlet(sys.stdout)), redirect_stderr(Outlet(sys.stderr)):
-        try:
-            with process_group():
-                if processes()[0]:
-                    sys.stdout = sys.stderr = open(os.devnull, "w")  # process 0 speaks for all
-                return command(words)
-        except KeyboardInterrupt:
-            print("interrupted; what was written before stays", file=sys.stderr)
-            return 130
-        except FloatingPointError as error:
-            print(f"train.py: {error}", file=sys.stderr)
-            return 1
-        except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
-            why = explain(error)
-            if why is None:
-                raise
-            print(f"train.py: error: {why}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-
-def explain(error):
-    """What a user did wrong, in one line; None for a bug, which needs its traceback."""
-    why, kind = one_line(error), type(error).__name__
-    if isinstance(error, (ValueError, OSError)):
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        # A rule is raised; what else fails in routers.py may be a router that a reader added.
-        bug = place.filename.endswith("routers.py") and not place.line.startswith("raise")
-        return None if bug else why
-    if re.search("out of memory|MemoryError|alloc|overflow|too large", why + kind, re.I):
-        return f"these sizes do not fit into memory: {why[:200]}"
-    return None
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
+    with mistakes(OSError), process_group():  # such as a full disk
+        return command(words)
 
 
 def keep_memory():
@@ -1657,178 +1153,167 @@ def keep_memory():
             ctypes.CDLL(None).mallopt(threshold, size)
 
 
-class Outlet:
-    """A stream whose reader may leave (| head) or whose disk may fill; then only words are lost."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # Python has None for a closed one
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def command(words):
-    action, lists = parse(words)
-    said = {name: values[0] for name, values in lists.items()}
-    several = any(len(values) > 1 for values in lists.values())
-    every = said.get("router") == "all"
-    if action is None:
-        for name in lists:
-            if name in SAMPLING | BENCH:
-                raise ValueError(f"{flag(name)} is for --sample or --bench")
-        return grid(lists) if several or every else run(said)
-    if several or (every and action != "bench"):
-        raise ValueError(f"{flag(action)} takes one value for each flag, and one router")
-    if processes()[0] and action != "resume":
-        return 0  # process 0 does it
-    folder = said.pop(action)
-    for name in said:
-        if action in BESIDE and name not in BESIDE[action]:
-            raise ValueError(f"{flag(name)} means nothing beside {flag(action)}")
-    if action == "bench":
-        bench(said)
-    elif action == "resume":
-        if "out" in said:
-            raise ValueError(f"--out means nothing beside --resume, which goes on in {folder}")
-        return run(read_said(folder) | said, pathlib.Path(folder), resume=True)
-    elif action == "table":
-        results(folder)
-    elif action == "eval":  # what the run printed, from its weights
-        settings, data, model = load_run(folder, said.get("device", "auto"))
-        with reading(folder, "has no summary"):
-            before = json.loads(read_file(folder, "summary.json", "is no finished run"))
-            cells(before, TASKS[settings.task])  # raises if a number is missing
-        summary, joints = conclude(settings, data, model, data.device)
-        tell(settings, data, model, before | summary, joints)
-    else:
-        asked = {name: of[1] for name, of in SAMPLING.items()} | {"device": "auto", "seed": 0}
-        sample(folder, SimpleNamespace(**(asked | said)))
-    return 0
+    """Train the runs that are asked for and make their table, or do something else."""
+    with mistakes():
+        action, lists = parse(words)
+        overrides = {name: values[0] for name, values in lists.items()}
+        several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
+        if action in ("eval", "resume"):  # --eval is to resume a run that is finished
+            out = pathlib.Path(overrides.pop(action))
+            if action == "eval":
+                read_json(out / "summary.json")
+            runs = {out: read_json(out / "config.json")["overrides"] | overrides}
+        elif action:
+            if processes()[0] == 0:  # it does alone what is no training
+                actions = {"bench": bench, "table": results, "sample": sample}
+                actions[action](overrides)
+            return 0
+        else:
+            out, runs = runs_to_do(lists, several)
+    status = 0
+    for folder in tqdm(runs, "grid", dynamic_ncols=True, disable=not several):
+        try:
+            ended = run(runs[folder], folder)
+        except FloatingPointError as error:
+            print(f"train.py: {folder} diverged {error}", file=sys.stderr)
+            ended = 1
+        gc.collect()  # a model and its data hold each other
+        if ended > 1:
+            return ended
+        status = max(status, ended)
+    if several and processes()[0] == 0:
+        with mistakes():
+            results({"table": out})
+    return status
+
+
+def sample(overrides):
+    """--sample: print text that a finished run of --task tokens writes."""
+    asked = defaults(moe_tokens.SAMPLING) | {"seed": 0, "device": "auto"} | overrides
+    asked, folder = SimpleNamespace(**asked), pathlib.Path(asked["sample"])
+    config = read_json(folder / "config.json")
+    settings = resolve(config["overrides"] | {"device": asked.device})
+    data = TASKS[settings.task].load_data(settings, pick_device(settings))
+    model = build(settings, data)
+    Record(settings, folder).restore(data, model, make_optimizer(settings, model))
+    with dropless(model) as differs:
+        print(moe_tokens.sample(model, data.tokenizer, settings, asked))
+    if differs:
+        print("(sampled dropless, trained with a capacity)")
+    if settings.label:
+        print(f"({settings.label})")
+
+
+def runs_to_do(lists, several):
+    """Where the runs of lists, {setting: [values]}, lie, and {folder: overrides} of those to do.
+
+    In a grid, every combination is a run. What a router lacks is left out of its runs; equal runs
+    are one, finished ones done; with --router all, routers that cannot take the settings go.
+    """
+    task, router = (lists.get(name, [SETTINGS[name][1]])[0] for name in ("task", "router"))
+    name = f"grid-{task}" if several else f"{task}-{router}-{time.strftime('%m%d-%H%M%S')}"
+    out = pathlib.Path(lists.get("out", [f"runs/{name}"])[0])
+    if not several and processes()[0] == 0 and out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty; choose another folder")
+    for name in ("task", "head", *FREE):
+        if len(lists.get(name, ())) > 1:
+            raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
+    if router == "all":
+        lists = {"dense_match": ["active", "total"]} | lists | {"router": list(ROUTER_KINDS)}
+    axes = [name for name in lists if len(lists[name]) > 1 and name not in ("router", "seed")]
+    runs, left_out, idle = {}, {}, set(lists)
+    for values in itertools.product(*lists.values()):
+        overrides = dict(zip(lists, values))
+        for name in set(overrides) - set(defaults_of(overrides)):
+            del overrides[name]
+        idle -= set(overrides)
+        try:
+            settings = resolve(overrides)
+        except ValueError as error:
+            if router != "all":
+                raise
+            left_out[overrides["router"]] = error
+            continue
+        folder = folder_in_grid(out, settings, axes) if several else out
+        if not (folder / "summary.json").exists():
+            runs.setdefault(folder, overrides)
+    if idle:
+        chosen = f"--router {' '.join(lists.get('router', [router]))} on --task {task}"
+        raise ValueError(f"{chosen} has no {', '.join(map(flag, idle))}")
+    for router, error in left_out.items():
+        print(f"left out: {router}: {error}")
+    return out, runs
+
+
+def folder_in_grid(out, settings, axes):
+    """The folder of a run: its name tells the place on the axes, its ending all settings."""
+    name = settings.router
+    for axis in axes:
+        if hasattr(settings, axis):
+            name += f"-{axis}_{to_text(getattr(settings, axis))}".replace("/", "_")
+    ending = f"seed_{settings.seed}-{settings.code}"
+    name = name.encode("utf-8", "replace")[: 199 - len(ending)].decode("utf-8", "ignore")
+    return next(out.glob(f"*-{ending}"), out / f"{name}-{ending}")  # a name has 255 bytes at most
 
 
 def parse(words):
     """The command line -> an action or None, and what it says, {setting: [values]}."""
-    lists = vars(make_parser().parse_args(words))
-    lists = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
-    actions = [name for name in ACTIONS if name in lists]
-    if len(actions) > 1:
-        raise ValueError(f"one at a time: {', '.join(map(flag, actions))}")
-    return next(iter(actions), None), lists
-
-
-def make_parser():
-    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.description = __doc__.splitlines()[0]
-    parser.epilog = "Several values of a flag, or --router all, make a grid of runs and one table."
-    options, kinds = {}, CHOICES | {"capacity_factor": "capacity"}
-    for name, default in OPTIONS.items():
-        of_type = {bool: bool, float: "at_least_0", str: "text"}.get(type(default), "whole")
-        usual = {}
-        for router, kind in ROUTERS.items():
-            if name in kind.defaults:
-                usual[router] = spell((kind.defaults | kind.recipe)[name])
-        what = "all routers" if len(usual) == len(ROUTERS) else ", ".join(usual)
-        if len(set(usual.values())) > 1:
-            what += f" ({' or '.join(sorted(set(usual.values())))}, by router)"
-        if set(usual.values()) != {spell(default)}:
-            default = None
-        options[name] = kinds.get(name, of_type), default, what
+    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
     groups = {"a run": SETTINGS} | {f"--task {name}": TASKS[name].SETTINGS for name in TASKS}
-    groups |= {"router options, for the routers named": options, "instead of a run": ACTIONS}
-    groups |= {"with --sample": SAMPLING, "with --bench": BENCH}
+    groups |= {"options of routers": OPTIONS}
+    groups |= {"instead of a run, and beside it": ACTIONS | moe_tokens.SAMPLING}
     for heading, settings in groups.items():
         group = parser.add_argument_group(heading)
-        for name, (kind, default, what) in settings.items():
-            try:
-                add_flag(group, name, kind, default, what)
-            except argparse.ArgumentError:
-                rule = "has the name of another flag; call it otherwise"
-                raise ValueError(f"router option {name} {rule}") from None
-    return parser
+        for name, (of_type, default, what) in settings.items():
+            how = dict(nargs="+", type=of_type, metavar="X")
+            if of_type is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            elif isinstance(of_type, tuple):
+                how = dict(nargs="+", choices=of_type)
+            what = f"{what} {default_text(name, default)}".strip().replace("%", "%%")
+            group.add_argument(flag(name), default=argparse.SUPPRESS, help=what, **how)
+    lists = vars(parser.parse_args(words))
+    for name, value in lists.items():
+        lists[name] = value if isinstance(value, list) else [value]  # --compile is no list
+    action = next((name for name in ACTIONS if lists.get(name, [None])[0]), None)
+    for name, values in lists.items():
+        if action and (name not in (action, *BESIDE[action]) or len(values) > 1):
+            raise ValueError(f"{flag(name)}, or several of it, means nothing beside {flag(action)}")
+        for value in values:
+            least = 1 if type(value) is int and name not in ("seed", "shared") else 0
+            if type(value) in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+    return action, lists
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # main() says it in one line
-
-
-def add_flag(group, name, kind, default, what):
-    sizes = [task.SIZES["tiny"].get(name) for task in TASKS.values()]
-    if any(size is not None for size in sizes):
-        shown = ", ".join(f"{task} {size}" for task, size in zip(TASKS, sizes) if size is not None)
-        what += f" ({shown})"
-    elif default is not None and default is not False and default != "":
-        what += f" ({default})"
-    if name in ACTIONS and kind is bool:
-        how = dict(action="store_true")
-    elif kind is bool:
-        how = dict(action=argparse.BooleanOptionalAction)
-    elif isinstance(kind, tuple):
-        how = dict(nargs="+", choices=kind)
-    else:
-        how = dict(nargs="+", type=partial(read_word, kind), metavar=name.split("_")[-1].upper())
-    group.add_argument(flag(name), help=what.replace("%", "%%"), **how)
-
-
-NUMBERS = {  # kind: (type, least, most, what it must be)
-    "whole": (int, 1, 10**7, "a whole number >= 1"),
-    "few": (int, 1, 1024, "a whole number >= 1"),
-    "count": (int, 0, 4096, "a whole number >= 0"),
-    "integer": (int, -(2**63), 2**63 - 1, "a whole number"),
-    "positive": (float, math.ulp(0.0), sys.float_info.max, "a positive number"),
-    "capacity": (float, math.ulp(0.0), sys.float_info.max, "a positive number"),  # or none
-    "at_least_0": (float, 0, sys.float_info.max, "a number >= 0"),
-    "share": (float, 0, 1 - 1e-9, "a share from 0 up to 1"),
-}
-
-
-def read_word(kind, text):
-    """A word of the command line as a value of that kind; an error names the rule."""
-    if kind in NUMBERS:
-        if kind == "capacity" and text == "none":
-            return None
-        number, least, most, rule = NUMBERS[kind]
-        with suppress(ValueError):
-            value = number(text)
-            if least <= value <= most:
-                return value
-            if value > most:
-                rule += f", at most {most:,}"
-        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-    if kind == "router" and text not in (*ROUTER_KINDS, "all"):
-        known = ", ".join(ROUTER_KINDS)
-        raise argparse.ArgumentTypeError(f"unknown router {text!r}; known: {known}")
-    if kind == "path" and not text:
-        raise argparse.ArgumentTypeError("is empty; say a path or leave the flag away")
-    if kind == "blocks":
-        if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
-            raise argparse.ArgumentTypeError(f"must be a list such as 1,3, got {text}")
-        return sorted(set(map(int, text.split(","))))
-    return text
+def default_text(name, default):
+    """The default that holds, in brackets: by task if a size sets it, by router if they differ."""
+    texts = []
+    for task, module in TASKS.items():
+        if name in module.SIZES["tiny"]:
+            texts.append(f"{task}, tiny: {module.SIZES['tiny'][name]}")
+    if to_text(default) not in ("none", "False", ""):
+        texts.append(to_text(default))
+    others = {}  # {another default: the routers that have it}
+    for router, kind in ROUTERS.items():
+        own = to_text((kind.defaults | kind.train_defaults).get(name, default))
+        if own != to_text(default):
+            others.setdefault(own, []).append(router)
+    texts += [f"{value} for {', '.join(routers)}" for value, routers in others.items()]
+    return f"({'; '.join(texts)})" if texts else ""
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def spell(value):
+def to_text(value):
     """A value as the command line takes it."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "none" if value is None else str(value)
-
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":
