@@ -1073,7 +1073,7 @@ WRONG_FLAGS = [
     ("--patch 5", "--patch must divide the image size 32, got 5"),
     ("--head patch --data x", "--head patch is for drawn images"),
     ("--eval nowhere", "nowhere"),
-    ("--table . --dim 16", "--dim, or several of it, means nothing beside --table"),
+    ("--table . --dim 16", "--dim, or two values of it, has no effect with --table"),
     ("--out full", "--out full is not empty"),
     ("--router token_choice --top-k 1 5", "top_k must be at most num_experts=4"),  # of a grid
 ]
@@ -1779,9 +1779,9 @@ def killed(words, death):
         train.main(words)
 
 
-@pytest.mark.parametrize("flags", ["--router expert_threshold --shared 1", "--router sigmoid"])
-def test_a_run_killed_twice_ends_as_one_that_was_not(flags, here):
-    common = words_of([SMALL, flags, "--data mine --steps 12 --save-every 3"])
+def test_a_run_killed_twice_ends_as_one_that_was_not(here):
+    flags = "--router expert_threshold --shared 1 --data mine --steps 12 --save-every 3"
+    common = words_of([SMALL, flags])
     with minutes():
         assert train.main([*common, "--out", "a"]) == 0
     steps = []
@@ -1815,7 +1815,7 @@ def test_a_signal_saves_first(number, status, here, mine):
     mine.clear()
     step = checkpoint_of("b")["step"]
     assert step in (3, 4) and f"interrupted after {step} of 6 steps; --resume b goes on" in text
-    assert "summary.json" in refused("--eval b")
+    assert "b holds no finished run" in refused("--eval b")
     assert "b is at step" in refused("--resume b --steps 2")
     assert "--out b is not empty" in refused(*flags, "b")
     run("--resume b --log-every 1 --save-every 0")
@@ -1932,7 +1932,8 @@ def in_two_processes(commands):
 
 SHARED = [  # task, router, and what is special about a run that two processes share
     "vision token_choice --balance-weight 1 --noise-std 1 --top-k 2 --shared 1 --grad-accum 2",
-    "vision token_choice --balance bias --experts 6 --steps 60 --batch-size 6",  # 1/6 is rounded
+    # of six experts, a share of 1/6 is rounded: with this seed, a sign of such shares would differ
+    "vision token_choice --balance bias --experts 6 --steps 60 --batch-size 6 --seed 1",
     "vision token_choice --balance quantile --experts 6 --steps 40",
     "vision expert_threshold --noise-std 1 --router-lr 0.5 --experts 3",
     "vision sparse_expert_choice",
@@ -1997,7 +1998,7 @@ def test_readmes_python_blocks_run_and_its_router_and_ones_own_become_flags(here
     s = json_of(here / "w/config.json")["settings"]
     assert (s["warmth"], s["x"], s["capacity_factor"]) == (0.5, 3, None)
     found = python("-m", "pytest", "-q", pathlib.Path(__file__).name, "-k", name)
-    assert int(re.search(r"(\d+) passed", found)[1]) >= 1  # with parts one and two: 20
+    assert int(re.search(r"(\d+) passed", found)[1]) >= 20
 
 
 @pytest.mark.parametrize("page", ["README.md", ".github/RESULTS.md"])

@@ -116,11 +116,31 @@ SETTINGS = {
     "shared": (int, 0, "more experts, which every token passes"),
     "moe_blocks": (blocks, None, "blocks with experts, such as 1,3; by default as the task says"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
-    "balance": (tuple(BALANCE), "none", "vmoe: importance, and load with --noise-std"),
+    "balance": (
+        tuple(BALANCE),
+        "none",
+        "loss of V-MoE or Switch; or a bias, moved by sign or quantile",
+    ),
     "balance_weight": (float, None, "weight of its losses; else vmoe .005 each, switch .01"),
     "z_loss": (float, 0.0, "weight of the mean squared logsumexp of the logits"),
 }
-OPTION_HELP = {"renormalize": "on text True where top_k >= 2", "num_keys": "on text all token ids"}
+OPTION_HELP = {
+    "top_k": "experts a token chooses; elsewhere it sets the number of slots",
+    "capacity_factor": "slots for each choice; none: as many as are asked for (dropless)",
+    "noise_std": "E times the deviation of the noise on logits in training",
+    "router_weights": "frozen: as they start; random: drawn anew at each step",
+    "gate": "one layer, or an mlp with one hidden layer",
+    "priority": "who gets a seat first: by position, first choices, or the largest gates",
+    "renormalize": "divide a token's weights by their sum; on text True where top_k >= 2",
+    "bias_rate": "how fast the bias moves; --balance bias 0.001, quantile 1",
+    "bias_update": "the rule by which it moves, as --balance says",
+    "iterations": "of the solver that makes a plan",
+    "combine_weights": "what weighs outputs: the gates, or the plan too",
+    "num_keys": "rows of the table; 4096, on text one for each token id",
+    "hash_weights": "equal, or by a learned gate (top_k >= 2)",
+    "slots": "of each expert; none: by top_k and capacity_factor",
+    "scale": "where the learned scale starts; 10 is better for a short training",
+}
 OPTIONS = {}  # as SETTINGS. A router that is added to ROUTERS brings its own, with their defaults.
 OPTION_TYPES = {float: number_or_none, type(None): anything}  # by the type of a default
 for kind in ROUTERS.values():
@@ -1161,8 +1181,8 @@ def command(words):
         several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
         if action in ("eval", "resume"):  # --eval is to resume a run that is finished
             out = pathlib.Path(overrides.pop(action))
-            if action == "eval":
-                read_json(out / "summary.json")
+            if action == "eval" and not (out / "summary.json").exists():
+                raise ValueError(f"{out} holds no finished run")
             runs = {out: read_json(out / "config.json")["overrides"] | overrides}
         elif action:
             if processes()[0] == 0:  # it does alone what is no training
@@ -1280,7 +1300,9 @@ def parse(words):
     action = next((name for name in ACTIONS if lists.get(name, [None])[0]), None)
     for name, values in lists.items():
         if action and (name not in (action, *BESIDE[action]) or len(values) > 1):
-            raise ValueError(f"{flag(name)}, or several of it, means nothing beside {flag(action)}")
+            raise ValueError(
+                f"{flag(name)}, or two values of it, has no effect with {flag(action)}"
+            )
         for value in values:
             least = 1 if type(value) is int and name not in ("seed", "shared") else 0
             if type(value) in (int, float) and not least <= value < math.inf:
