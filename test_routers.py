@@ -1255,15 +1255,6 @@ def test_every_router_pays_what_the_dense_model_of_its_active_experts_pays(route
             assert train.idle_parameters(b.model, T) == pytest.approx(idle)
 
 
-def test_a_dense_vit_counts_the_products_of_one_image_and_total_is_as_wide_as_all_experts():
-    D, H, T, K, out = 16, 32, 16, 3, 18
-    block = T * D * 3 * D + 2 * T * T * D + T * D * D  # qkv, two attention products, projection
-    for match, width in ("active", K * H), ("total", 4 * H):
-        b = built("--router dense --top-k 3 --dense-match", match)
-        products = T * 3 * 64 * D + 2 * block + T * 2 * D * H + T * 2 * D * width + D * out
-        assert train.measure_flops(b.data, b.model) == pytest.approx(2 * products / 1e9, rel=1e-9)
-
-
 def test_a_bench_times_a_layer_of_every_router_against_its_bounds(monkeypatch):
     monkeypatch.setattr(train, "TOKENS", 512)
     monkeypatch.setattr(train, "ROUNDS", 1)
@@ -1587,24 +1578,6 @@ def test_nmi_equals_values_worked_out_by_hand_and_its_null_permutes_whole_units(
     assert [value, *null] == pytest.approx([1 / math.sqrt(2)] * (1 + len(null)))  # any topic fits
     value, null = train.nmi_and_null(weight, label, torch.arange(400))
     assert value > 0.7 and 0 < np.mean(null) <= np.quantile(null, 0.95) < 0.05 and len(null) >= 50
-
-
-def test_the_null_of_sequences_routed_as_a_whole_deals_whole_sequences():
-    """Sequences of one class each go to random experts: tokens would call that knowledge."""
-    label, each_token = (torch.arange(40) % 2)[:, None].expand(40, 50), torch.arange(2000)
-    weight = F.one_hot(torch.randint(4, (40,), generator=moe_vision.seeded("at random")), 4).float()
-    data, routing = Mock(device=torch.device("cpu")), Mock()
-    data.split.return_value = [{"rows": torch.arange(40)}]
-    data.labels.return_value = {"token class": (label, each_token.view(40, 50), "ab")}
-    routing.expert_weights = weight[None]
-    data.loss.return_value = 0, {}, {0: routing}
-    found, maps = train.specialization(SimpleNamespace(dtype="float32"), data, nn.Identity())
-    value, mean, bound = found[0]["token class"]
-    assert 0 < value <= bound and mean > 0.01
-    assert maps[0]["token class"][0].sum(1).tolist() == [1000, 1000]
-    weight = weight.repeat_interleave(50, 0)
-    tokens, null = train.nmi_and_null(weight, label.flatten(), each_token)
-    assert tokens == pytest.approx(value, rel=1e-4) and np.quantile(null, 0.95) < value
 
 
 # ================================================================ the report page

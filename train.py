@@ -738,8 +738,8 @@ def specialization(settings, data, model):
         counts = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
         contingency.setdefault(block, {})[name] = counts, names
         if len(label) and owner[0] >= 0:
-            n = blocks * weight.numel() // EXAMINED
-            n += 1 - n % 2  # odd, to meet all places of an image
+            n = max(0, blocks * weight.numel() - 1) // EXAMINED
+            n = 2 * n + 1  # odd, to meet all places of an image
             value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
             bounds = [float(np.mean(null)), float(np.quantile(null, 0.95))]
             found.setdefault(block, {})[name] = [value, *bounds]
@@ -1162,8 +1162,12 @@ def main(words=None):
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
-    with mistakes(OSError), process_group():  # such as a full disk
-        return command(words)
+    try:
+        with mistakes(OSError), process_group():  # such as a full disk
+            return command(words)
+    except KeyboardInterrupt:  # outside the training, where signals() waits for the step's end
+        print("train.py: interrupted", file=sys.stderr)
+        return 130
 
 
 def keep_memory():
