@@ -184,7 +184,8 @@ class Text:
     def __init__(self, settings, device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.context = self.tokens = settings.context
-        self.score_from, self.device = settings.score_from, torch.device(device)
+        self.score_from, self.unit = settings.score_from, settings.unit
+        self.device = torch.device(device)
         self.parts, self.topics, self.tokenizer = {}, [], None
         if holds_bins(settings.data):
             self.read_bins(pathlib.Path(settings.data))
@@ -267,13 +268,15 @@ class Text:
     def labels(self, batch, start):
         """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the id of the document or token that a label belongs to; -1: counted, but no NMI.
-        Label -1 is none. `start` windows came before this batch.
+        owner: the id of the document, token or sequence that a label belongs to; -1: counted, but
+        no NMI. Label -1 is none. `start` windows came before this batch.
         """
         if self.tokenizer is None:
             return {}
         tokens = batch["input"].cpu()
         each = start * self.context + torch.arange(tokens.numel()).view_as(tokens)
+        if self.unit == "sequence":
+            each = each // self.context  # one routing for all its tokens
         found = {"token": (tokens, torch.full_like(tokens, -1), self.tokenizer.pieces)}
         found["token class"] = self.class_of[tokens], each, list(self.classes)
         if self.topics:

@@ -5,7 +5,6 @@
     python train.py --task tokens --router token_choice     a GPT on the standard library's text
     python train.py --router dense soft --seed 0 1 2    a grid of runs, and its table
     python train.py --sample RUN_DIR --prompt "def "        write on, with a finished run
-    python train.py --eval RUN_DIR              evaluate a finished run again
     python train.py --resume RUN_DIR            go on with one that was stopped, bit for bit
     torchrun --nproc-per-node 8 train.py ...    the same run in many processes
 
@@ -14,8 +13,8 @@ marked "Later" may wait. Words are explained in routers.py. Every random draw ha
 (seed, step, "noise"), so a resumed run is the same run, with no random state to keep. Of many
 processes, each draws the whole batch's random numbers and uses its own rows.
 
-What goes wrong while settings, data and model are made, and a full disk, is the user's to mend: one
-line, status 2. A loss that is not finite is one line, status 1. The rest is a bug: a traceback.
+An error in making settings, data or model, and a full disk, is one line, status 2. A loss that is
+not finite is one line, status 1. The rest is a bug: a traceback.
 """
 
 import argparse
@@ -29,6 +28,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import time
@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.special import entr
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -58,17 +59,18 @@ from routers import CHOICES, ROUTERS, Experts, MoE, Router, build_router
 # A task is a module: SETTINGS, SIZES, resolve() and load_data(). That gives the data, whose methods
 # build the model, batch, judge and draw: see Images in moe_vision.py, Text in moe_tokens.py.
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
-BALANCE = {  # --balance: the losses it weighs. bias and quantile move a bias instead
+BALANCE = {  # --balance: its losses and their weights. bias and quantile move a bias instead
     "none": {},
     "vmoe": {"importance": 0.005, "load": 0.005},
     "switch": {"balance": 0.01},
+    "st_moe": {"balance": 0.01, "z": 0.001},
     "bias": {},
     "quantile": {},
 }
 # What settings ask of a router. Dense has none, but takes top_k, which sets the width of its FFN.
 DENSE = SimpleNamespace(defaults={"top_k": 1}, train_defaults={}, aux_losses=())
 ROUTER_KINDS = {"dense": DENSE} | ROUTERS
-WEIGHT_DECAY, CLIP = 0.05, 1.0  # of AdamW; the largest gradient norm
+WEIGHT_DECAY, CLIP, WARMUP = 0.05, 1.0, 0.1  # CLIP: largest gradient norm; WARMUP: share of steps
 
 
 # ---------------------------------------------------------------- settings
@@ -105,9 +107,8 @@ SETTINGS = {
     "steps": (int, None, "optimizer steps"),
     "batch_size": (int, None, "examples a step"),
     "grad_accum": (int, 1, "parts a batch is computed in"),
-    "lr": (float, None, "peak learning rate; it falls to 0 along a cosine"),
+    "lr": (float, None, "peak learning rate; it rises for a tenth of the steps, then falls to 0"),
     "router_lr": (float, 1.0, "routers learn at so many times --lr"),
-    "warmup": (float, 0.1, "share of the steps in which the rate rises"),
     "dim": (int, None, "width D"),
     "depth": (int, None, "blocks"),
     "heads": (int, None, "attention heads"),
@@ -116,13 +117,8 @@ SETTINGS = {
     "shared": (int, 0, "more experts, which every token passes"),
     "moe_blocks": (blocks, None, "blocks with experts, such as 1,3; by default as the task says"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
-    "balance": (
-        tuple(BALANCE),
-        "none",
-        "loss of V-MoE or Switch; or a bias, moved by sign or quantile",
-    ),
-    "balance_weight": (float, None, "weight of its losses; else vmoe .005 each, switch .01"),
-    "z_loss": (float, 0.0, "weight of the mean squared logsumexp of the logits"),
+    "balance": (tuple(BALANCE), "none", "the losses of a paper; or a bias, moved by a rule"),
+    "balance_weight": (float, None, "weight of its losses; by default that of the paper"),
 }
 OPTION_HELP = {
     "top_k": "experts a token chooses; elsewhere it sets the number of slots",
@@ -148,19 +144,12 @@ for kind in ROUTERS.values():
         of_type = CHOICES.get(name) or OPTION_TYPES.get(type(default), type(default))
         OPTIONS.setdefault(name, (of_type, default, OPTION_HELP.get(name, "")))
 ACTIONS = {
-    "eval": (str, None, "evaluate a finished run again"),
-    "resume": (str, None, "go on with a stopped run"),
+    "resume": (str, None, "go on with a stopped run, or evaluate a finished one again"),
     "sample": (str, None, "write text with a finished run of --task tokens, then stop"),
     "table": (str, None, "make one table of all finished runs in a folder, then stop"),
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
-BESIDE = {  # the flags that mean something beside an action
-    "eval": ("device",),
-    "resume": ("steps", "device", "log_every", "save_every"),
-    "sample": ("device", "seed", *moe_tokens.SAMPLING),
-    "table": (),
-    "bench": ("router", "dim", "hidden", "experts", "dtype", "device", "compile", *OPTIONS),
-}
+RESUMED = ("resume", "steps", "device", "log_every", "save_every")  # what --resume may change
 FREE = ("device", "out", "log_every", "save_every")  # they change no result
 
 
@@ -198,18 +187,16 @@ def run(overrides, folder):
                 line = to_floats(data.metrics(stepped.sums) | stepped.losses)
                 stats = block_stats(stepped.block_sums)
                 record.log(step, line | {"blocks": stats})
-                loads = [block["load_max"] for block in stats.values()]
-                bar.set_postfix(loss=f"{line['loss']:.3g}", load_max=f"{max(loads, default=1):.2f}")
-            asked = {"save": record.due() or len(caught) > 0, "stop": len(caught)}
-            asked = total(asked, device)
-            if asked["save"] or step == settings.steps:
+                worst = max((block["load_max"] for block in stats.values()), default=1)
+                bar.set_postfix(loss=f"{line['loss']:.3g}", load_max=f"{worst:.2f}")
+            asked = total({"stop": len(caught), "save": record.due()}, device)  # by any process
+            stop = asked["stop"] > 0
+            if stop or asked["save"] or step == settings.steps:
                 check_sound(data, model, step)
                 record.save(step, model, optimizer)
-                stop = bool(asked["stop"])
     if stop:
         print(f"interrupted after {step} of {settings.steps} steps; --resume {folder} goes on")
-        number = caught[0] if caught else signal.SIGTERM  # caught by another process
-        return 128 + number
+        return 128 + (caught or [signal.SIGTERM])[0]
 
     if processes()[0] == 0:
         summary, contingency = conclude(settings, data, model, record.seconds)
@@ -280,8 +267,6 @@ def defaults_of(overrides):
     lacks = ["router_lr"] if router == "dense" else ["dense_match"]
     if "balance" not in kind.aux_losses:
         lacks += ["balance", "balance_weight"]
-    if "z" not in kind.aux_losses:
-        lacks.append("z_loss")
     for name in lacks:
         del values[name]
     return values
@@ -293,12 +278,10 @@ def resolve_balance(s, overrides):
     s.loss_weights = BALANCE[balance]
     if getattr(s, "balance_weight", None) is not None:
         s.loss_weights = dict.fromkeys(s.loss_weights, s.balance_weight)
-    s.loss_weights = s.loss_weights | {"z": getattr(s, "z_loss", 0.0)}
-    rates = {"bias": getattr(s, "bias_rate", 0) or 1e-3, "quantile": 1.0}
-    if "bias_rate" not in overrides and hasattr(s, "bias_rate"):
-        s.bias_rate = rates.get(balance, 0.0)
     if balance == "quantile":
         s.bias_update = "quantile"
+    if "bias_rate" not in overrides and hasattr(s, "bias_rate"):
+        s.bias_rate = {"bias": 1e-3, "quantile": 1.0}.get(balance, 0.0)
 
 
 def reset_idle(s):
@@ -323,17 +306,13 @@ def make_router(settings, tokens=1):
 
 
 def pick_device(settings):
-    """The device; also sets torch's default dtype. ValueError for what it cannot do."""
+    """The device; also sets torch's default dtype."""
     torch.set_default_dtype(torch.float64 if settings.dtype == "float64" else torch.float32)
-    kind, torchrun = settings.device, dist.is_initialized()
+    kind = settings.device
     if kind == "auto":
         best = torch.accelerator.current_accelerator(check_available=True)
         kind = best.type if best else "cpu"
-    if kind == "mps" and (settings.dtype == "float64" or torchrun):
-        raise ValueError("mps has no float64 and no torchrun; --device cpu has both")
-    if kind == "cuda" and torchrun:
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise ValueError(f"more processes than GPUs, {torch.cuda.device_count()}")
+    if kind == "cuda" and dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(kind)
 
@@ -424,7 +403,7 @@ def train_step(settings, data, model, optimizer, step, batch):
 
 
 def learning_rate(settings, step):
-    warm = max(1, round(settings.warmup * settings.steps))
+    warm = max(1, round(WARMUP * settings.steps))
     if step < warm:
         return settings.lr * min(1, (step + 1) / warm)
     done = (step - warm) / max(1, settings.steps - warm)
@@ -450,20 +429,19 @@ def to_floats(values):
 
 
 def block_sums(routings):
-    """{block: [E + 4]}, which add up over the parts of a batch, over batches, and over processes.
+    """{block: [E + 3]}, which add up over the parts of a batch, over batches, and over processes.
 
-    How many tokens ask for each expert; how many there are, and are dropped; slots; entropies.
+    How many tokens want each expert; how many tokens there are, and are dropped; their entropies.
     """
     sums = {}
     for block, routing in routings.items():
-        slots = routing.slots_per_token  # [G, T]
-        entropy = torch.zeros_like(slots)
+        dropped = (routing.slots_per_token == 0).float()  # [G, T]
+        entropy = torch.zeros_like(dropped)
         if routing.gates is not None:  # hash has none
             gates = routing.gates.detach().float()
             entropy = entr(gates).sum(-1) / math.log(max(2, gates.shape[-1]))
-        parts = [torch.ones_like(slots), slots == 0, slots, entropy]
-        parts = torch.stack([part.sum().to(entropy) for part in parts])
-        sums[block] = torch.cat([routing.tokens_per_expert.to(parts), parts])
+        of_tokens = torch.stack([torch.ones_like(dropped), dropped, entropy]).sum((1, 2))
+        sums[block] = torch.cat([routing.tokens_per_expert.float(), of_tokens])
     return sums
 
 
@@ -472,19 +450,15 @@ def block_stats(sums):
 
     load_max: E * max_e n_e / sum_e n_e, the largest load over the mean, where n_e tokens want
     expert e; 1 is even. dead: experts that none wants. dropped: share of tokens that no expert
-    serves. slots_per_token: in how many slots a token sits. entropy: of the gates; 1 is uniform.
+    serves. entropy: of the gates; 1 is uniform.
     """
-    found = {}
     if not sums:
-        return found  # dense
-    fetched = torch.stack(list(sums.values())).tolist()  # one transfer for all blocks
-    for block, (*asked, tokens, dropped, slots, entropy) in zip(sums, fetched):
-        stats = {
-            "load_max": len(asked) * max(asked) / max(sum(asked), 1e-9),
-            "dead": asked.count(0),
-        }
-        stats |= {"dropped": dropped / tokens, "slots_per_token": slots / tokens}
-        found[block] = stats | {"entropy": entropy / tokens}
+        return {}  # dense
+    found, fetched = {}, torch.stack(list(sums.values())).tolist()  # one transfer for all blocks
+    for block, (*wanted, tokens, dropped, entropy) in zip(sums, fetched):
+        load_max = len(wanted) * max(wanted) / max(sum(wanted), 1e-9)
+        found[block] = {"load_max": load_max, "dead": wanted.count(0)}
+        found[block] |= {"dropped": dropped / tokens, "entropy": entropy / tokens}
     return found
 
 
@@ -504,10 +478,9 @@ def conclude(settings, data, model, seconds):
     summary["gflops"] = measure_flops(data, model)
     for split in data.splits:
         summary[split] = evaluate(settings, data, model, split)
-    last = data.splits[-1]
     with dropless(model) as differs:
         if differs:
-            summary[f"{last}_dropless"] = evaluate(settings, data, model, last)
+            summary[f"{split}_dropless"] = evaluate(settings, data, model, split)
     count = sum(p.numel() for p in model.parameters())
     summary["parameters"] = count
     summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
@@ -546,33 +519,31 @@ def evaluate(settings, data, model, split):
 @contextmanager
 def dropless(model):
     """Inside, tokens and thresholds choose without drops. Yields: did any have a capacity?"""
-    before = {}
+    limited = {}
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
-            if router.options.capacity_factor is not None:
-                before[router] = router.options.capacity_factor
-                room = None if router.chooses == "tokens" else float(router.num_experts)
-                router.options.capacity_factor = room
-    try:
-        yield bool(before)
-    finally:
-        for router, factor in before.items():
-            router.options.capacity_factor = factor
+            factor = router.options.capacity_factor
+            if factor is not None:
+                limited[router] = factor
+                everything = None if router.chooses == "tokens" else float(router.num_experts)
+                router.options.capacity_factor = everything
+    yield bool(limited)
+    for router, factor in limited.items():
+        router.options.capacity_factor = factor
 
 
 def idle_parameters(model, tokens):
     """How many parameters do not work on a token: an expert works on its share of `tokens`."""
     idle = 0.0
     for moe in model.modules():
-        if not isinstance(moe, MoE):
-            continue
-        o, E = moe.router.options, moe.router.num_experts
-        share = o.top_k * (o.capacity_factor or 1) / E
-        if moe.router.chooses == "tokens":
-            share = min(share, o.top_k / E)  # more slots do not give a token more experts
-        if getattr(o, "slots", None):
-            share = o.slots / tokens
-        idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
+        if isinstance(moe, MoE):
+            o, E = moe.router.options, moe.router.num_experts
+            share = o.top_k * (o.capacity_factor or 1) / E
+            if moe.router.chooses == "tokens":
+                share = min(share, o.top_k / E)  # more slots do not give a token more experts
+            if getattr(o, "slots", None):
+                share = o.slots / tokens
+            idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
 
 
@@ -581,12 +552,12 @@ def summary_text(summary, data, contingency):
     rows = []
     for block, labels in summary["specialization"].items():
         for label, values in labels.items():
-            value, mean, bound = (f"{number:.3f}" for number in values)
-            texts = {"block": str(block), "experts know of": label, "NMI": value}
-            rows.append(texts | {"by chance": mean, "95 % of chance": bound})
+            heads = "NMI", "by chance", "95 % of chance"
+            texts = {head: f"{value:.3f}" for head, value in zip(heads, values)}
+            rows.append({"block": str(block), "experts know of": label} | texts)
     line = {"router": summary["router"]} | row([summary["cells"]])
-    parts = [table([line]), table(rows), data.notes(contingency)]
-    return "\n".join(part for part in parts if part)
+    parts = table([line]), table(rows), data.notes(contingency)
+    return "\n".join(filter(None, parts))
 
 
 # ================================================================ Later: the table
@@ -596,7 +567,6 @@ def cells(summary, data):
     for block in summary[data.splits[-1]]["blocks"].values():
         found.setdefault("load max/mean", []).append(block["load_max"])
         found.setdefault("dropped %", []).append(100 * block["dropped"])
-        found.setdefault("slots/token", []).append(block["slots_per_token"])
     found["parameters"], found["active"] = summary["parameters"], summary["active_parameters"]
     found["GFLOPs"], found["seconds"] = summary["gflops"], summary["seconds"]
     found[f"{data.examples}/s"] = summary[f"{data.examples}_per_second"]
@@ -676,14 +646,13 @@ def results(overrides):
 
 
 def finished(folder):
-    """Runs below a folder (config.json, cells, score, lines), and notes on those left out."""
+    """Runs below a folder (config.json, cells and score), and notes on those left out."""
     runs, notes = [], []
     for path in sorted(folder.glob("*/config.json")):
         try:
-            done = SimpleNamespace(**read_json(path), lines=read_lines(path.parent))
             summary = read_json(path.with_name("summary.json"))
-            done.cells, done.score = summary["cells"], summary["score"]
-            runs.append(done)
+            done = read_json(path) | {"cells": summary["cells"], "score": summary["score"]}
+            runs.append(SimpleNamespace(**done))
         except Exception:  # a damaged file fails in many ways; the rest is still a table
             notes.append(f"Left out, not finished or not readable: {path.parent.name}")
     return runs, notes
@@ -706,7 +675,7 @@ def compare(entries):
 
 
 # ================================================================ Later: what experts know
-EXAMINED = 2**23  # numbers to shuffle, at most: so chance takes seconds. Tiny sizes need fewer
+EXAMINED = 2**21  # weights that are shuffled, about: so chance takes seconds
 
 
 def specialization(settings, data, model):
@@ -717,66 +686,51 @@ def specialization(settings, data, model):
     tokens of a label expert e gets, one of several divided by its weights; the last, those of none.
     """
     model.eval()
-    gathered, start = {}, 0
+    gathered, names_of, start = {}, {}, 0
     batches = data.split(data.examined)
     for batch in tqdm(batches, "examining experts", leave=False, dynamic_ncols=True):
         with torch.no_grad(), precision(settings, data.device):
-            routings, weights = data.loss(model, batch)[2], {}
-        for block, routing in routings.items():
-            weights[block] = routing.expert_weights.float().cpu()
+            routings = data.loss(model, batch)[2]
         for name, (label, owner, names) in data.labels(batch, start).items():
-            for block, weight in weights.items():
-                parts = gathered.setdefault((block, name, tuple(names)), [])
-                parts.append(examine(weight, label, owner, start))
+            (B, T), known, names_of[name] = label.shape, label >= 0, names
+            for block, routing in routings.items():
+                weight = routing.expert_weights.float().cpu()
+                weight = weight.reshape(B, -1, weight.shape[-1])  # [B, T, E]; of a sequence routed
+                weight = weight.expand(B, T, -1)  # whole, [B, 1, E]: all its tokens go with it
+                parts = gathered.setdefault((block, name), [])
+                parts.append((weight[known], label[known], owner[known]))
         start += len(next(iter(batch.values())))
     found, contingency = {}, {}
-    blocks = len({block for block, _, _ in gathered})
-    for (block, name, names), parts in gathered.items():
+    for (block, name), parts in gathered.items():
         weight, label, owner = (torch.cat(part) for part in zip(*parts))
         whole = weight.sum(1, keepdim=True)
         share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
-        counts = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
-        contingency.setdefault(block, {})[name] = counts, names
+        counts = share.new_zeros(len(names_of[name]), share.shape[1]).index_add(0, label, share)
+        contingency.setdefault(block, {})[name] = counts, names_of[name]
         if len(label) and owner[0] >= 0:
-            n = max(0, blocks * weight.numel() - 1) // EXAMINED
-            n = 2 * n + 1  # odd, to meet all places of an image
+            n = 2 * (weight.numel() // EXAMINED) + 1  # odd, to meet all places of an image
             value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
             bounds = [float(np.mean(null)), float(np.quantile(null, 0.95))]
             found.setdefault(block, {})[name] = [value, *bounds]
     return found, contingency
 
 
-def examine(weight, label, owner, start):
-    """weight [N, E], label [N], owner [N] of the N tokens of label, owner [B, T] with a label."""
-    (B, T), labeled = label.shape, label >= 0
-    # Of T tokens in each example; or of all as one, where a sequence is routed whole.
-    weight = weight.reshape(B, -1, weight.shape[-1])
-    if weight.shape[1] < len(owner[0].unique()):
-        # A sequence routed whole has one routing for many labels: it is their owner.
-        owner = torch.arange(start, start + B)[:, None].expand(B, T)
-    return weight.expand(B, T, -1)[labeled], label[labeled], owner[labeled]
-
-
 def nmi_and_null(weight, label, owner, draws=100):
-    """NMI of expert with label, and that of each draw by chance: weight [N, E], label, owner [N].
+    """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
-    By chance each owner's labels go to a random other owner. All tokens of an owner have one label
-    (a document's topic), or one routing (a sequence routed whole).
+    Owners are units that have one label, as a document its topic, or one routing, as a sequence
+    that is routed whole. By chance each owner's labels meet the experts of a random other owner.
     """
     owners, index = owner.unique(return_inverse=True)
-    routed = weight.new_zeros(len(owners), weight.shape[1]).index_add(0, index, weight)
-    share = (1 / index.bincount()[index]).to(weight.dtype)  # of an owner, each of its tokens
-    places = torch.stack([label, index])
-    labels = torch.sparse_coo_tensor(places, share, check_invariants=True)  # [labels, owners]
-    labels, null, g = labels.coalesce(), [], seeded("null")
-    of_label, of_owner = labels.indices()
-    like = dict(size=labels.shape, is_coalesced=True, check_invariants=False)
-    for _ in range(draws):
-        order = torch.randperm(len(owners), generator=g)  # owner o gets the labels of order[o]
-        other = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        places = torch.stack([of_label, other[of_owner]])  # this is faster than to move `routed`
-        null.append(nmi(torch.sparse_coo_tensor(places, labels.values(), **like) @ routed))
-    return nmi(labels @ routed), null
+    routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
+    routed.index_add_(0, index, weight.double())
+    share = 1 / index.bincount()[index].double()[:, None]  # of an owner, each of its tokens
+    found, other, g = [], torch.arange(len(owners)), seeded("null")
+    for _ in range(1 + draws):
+        counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
+        found.append(nmi(counts.index_add(0, label, share * routed[other[index]])))
+        other = torch.randperm(len(owners), generator=g)
+    return found[0], found[1:]
 
 
 def nmi(counts):
@@ -795,7 +749,7 @@ PAGE = """<!doctype html>
 <style>
   body {{ font: 15px/1.5 sans-serif; margin: 1.5em auto; max-width: 1180px; padding: 0 1em; }}
   figure {{ display: inline-block; vertical-align: top; margin: 0 2em 1em 0; width: 350px; }}
-  figure svg {{ width: 100%; height: 160px; border: 1px solid #999; }}
+  figure svg {{ width: 100%; height: 160px; border: 1px solid #999; overflow: visible; }}
   polyline {{ fill: none; stroke-width: 1.5px; vector-effect: non-scaling-stroke; }}
   pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }}
   pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
@@ -836,7 +790,7 @@ def run_page(data, model, summary, shown, lines, contingency):
     return PAGE.format(title=title, body="\n".join(body))
 
 
-def curves(heading, lines):
+def curves(heading, lines, of="steps", style=""):
     """A picture of lines {name: [(x, y), ...]} in one frame; above it stands how far they reach."""
     xs, ys = zip(*itertools.chain(*lines.values()))
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
@@ -847,10 +801,10 @@ def curves(heading, lines):
             across, up = (x - left) / (right - left or 1), (y - low) / (high - low or 1)
             points += f"{across:.4f},{1 - up:.4f} "
         ink = "rgb{}".format(color(i, len(lines), lightness=0.4))
-        drawn += f'<polyline points="{points}" stroke="{ink}"/>'
+        drawn += f'<polyline points="{points}" stroke="{ink}" style="{style}"/>'
         legend += f'<span style="color:{ink}">&#9632; {escape(str(name))}</span> '
     frame = 'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1" preserveAspectRatio="none"'
-    reach = f"<b>{escape(heading)}</b><br>{low:.4g} to {high:.4g}, steps {left} to {right}"
+    reach = f"<b>{escape(heading)}</b><br>{low:.4g} to {high:.4g}, {of} {left:.4g} to {right:.4g}"
     return f"<figure>{reach}<svg {frame}>{drawn}</svg>{legend}</figure>"
 
 
@@ -867,38 +821,14 @@ def heat_map(heading, counts, names):
 
 
 def grid_page(entries, shown):
-    """The page of a grid: its table, what each row gains at which cost, and its loss."""
-    drawn = {}
-    for entry in entries:
-        losses = {}
-        for line in itertools.chain(*(done.lines for done in entry.runs)):
-            losses.setdefault(line["step"], []).append(line["loss"])
-        drawn[entry.name] = [(step, np.mean(values)) for step, values in losses.items()]
-    body = f"<pre class=table>{escape(shown)}</pre>{scatter(entries)}"
-    body += curves("training loss, mean over seeds", drawn)
-    return PAGE.format(title="Results", body=body)
-
-
-def scatter(entries):
-    """An SVG: the first column of each row against its GFLOPs; names stand beside, in order."""
-    first = entries[0].runs[0].cells
+    """The page of a grid: its table, and what each run reaches at which cost."""
+    first, reached = entries[0].runs[0].cells, {}
     column = next(name for name in first if first[name] is not None)
-    points = []
     for entry in entries:
-        of_runs = [(done.cells["GFLOPs"], done.cells[column]) for done in entry.runs]
-        points.append(np.mean(of_runs, 0))
-    (left, low), (right, high) = np.min(points, 0), np.max(points, 0)
-    names = f"{column} from {low:.4g} to {high:.4g}, GFLOPs from {left:.4g} to {right:.4g}"
-    parts = [f'<text y="14">{escape(names)}</text>']
-    height = max(260, 16 * len(entries))
-    for place, i in enumerate(np.argsort([-y for _, y in points], kind="stable")):
-        x = np.interp(points[i][0], [left, right], [10, 360])
-        y = np.interp(points[i][1], [low, high], [height, 40])
-        parts.append(f'<path d="M{x},{y}L395,{36 + 16 * place}" stroke="#ccc"/>')
-        parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="#08306b"/>')
-        parts.append(f'<text x="400" y="{40 + 16 * place}">{escape(entries[i].name)}</text>')
-    frame = f'xmlns="http://www.w3.org/2000/svg" width="760" height="{height + 20}"'
-    return f"<svg {frame}>{''.join(parts)}</svg>"
+        points = [(done.cells["GFLOPs"], done.cells[column]) for done in entry.runs]
+        reached[entry.name] = points * 2  # a line from a point to itself is a dot
+    picture = curves(column, reached, "GFLOPs", "stroke-width:9px;stroke-linecap:round")
+    return PAGE.format(title="Results", body=f"<pre class=table>{escape(shown)}</pre>{picture}")
 
 
 # ================================================================ Later: runs that survive
@@ -908,9 +838,8 @@ class Record:
     def __init__(self, settings, folder):
         self.settings, self.folder, self.checkpoint = settings, folder, folder / "checkpoint.pt"
         self.writes = processes()[0] == 0
-        self.end = 0  # of metrics.jsonl at the last checkpoint
+        self.end, self.seconds = 0, 0.0  # of metrics.jsonl and of training, at the last checkpoint
         self.start = self.saved_at = time.perf_counter()
-        self.seconds = 0.0  # of training, until the last checkpoint
 
     def restore(self, data, model, optimizer):
         """Load the checkpoint, if there is one; returns its step. Nothing is written."""
@@ -921,8 +850,6 @@ class Record:
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # runs no code
         if saved["step"] > self.settings.steps:
             raise ValueError(f"{self.folder} is at step {saved['step']}, beyond --steps")
-        if saved["step"] == self.settings.steps and (self.folder / "summary.json").exists():
-            self.writes = False  # it is finished, and only evaluated again
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         self.end, self.seconds = saved["metrics_end"], saved["seconds"]
@@ -973,8 +900,6 @@ class Record:
 
     def finish(self, summary, page):
         """The last lines of metrics.jsonl, the report, the summary; before anything is printed."""
-        if not self.writes:
-            return
         for split, values in summary.items():
             if isinstance(values, dict) and "blocks" in values:
                 self.log(self.settings.steps, {"split": split, **values})
@@ -1036,9 +961,7 @@ def process_group():
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # to wait for process 0
     rank = processes()[0]
     if rank:  # process 0 speaks for all
@@ -1087,81 +1010,51 @@ def total(values, device, divisor=1):
 
 
 # ================================================================ Later: what routing costs
-TOKENS, GROUP, ROUNDS = 4096, 256, 9  # of --bench: tokens, those in a group, rounds that are timed
+BENCH_SECONDS = 2.0  # in which a call is repeated
 
 
 def bench(overrides):
-    """--bench: forward and backward of one MoE layer, of every router or --router: medians.
+    """--bench: milliseconds of an MoE layer, forward and backward: of every router, or --router.
 
-    Held against a dense FFN of the experts' FLOPs, the experts alone on as many slots, and the
-    multiplication by the two tensors.
+    In ratio to a dense FFN of the experts' FLOPs, and to the experts alone on as many slots.
     """
     b = dict(router="all", dim=256, hidden=1024, experts=16, compile=False)
     b = SimpleNamespace(**(b | dict(dtype="auto", device="auto") | overrides))
-    b.device, rows = pick_device(b), []
+    x, rows = torch.randn(16, 256, b.dim, device=pick_device(b), requires_grad=True), []
+    dense = dense_ffn(b.dim, b.hidden).to(x.device)
     for name in ROUTERS if b.router == "all" else [b.router]:
-        options = {option: overrides[option] for option in overrides.keys() & OPTIONS.keys()}
-        if b.router == "all":
-            for option in options.keys() - ROUTERS[name].defaults.keys():
-                del options[option]
-        router = build_router(name, b.dim, b.experts, tokens=GROUP, **options)
-        rows.append({"router": name} | bench_router(b, router))
-    print(f"{b.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        known = ROUTERS[name].defaults if b.router == "all" else OPTIONS
+        options = {option: overrides[option] for option in overrides.keys() & known.keys()}
+        router = build_router(name, b.dim, b.experts, tokens=x.shape[1], **options)
+        moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(x.device)
+        routing = moe(x)[1]
+        slots = routing.dispatch(x).detach()  # [G, E, C, D]
+        vectors = slots.flatten(0, 2)
+        layer = milliseconds(b, wrap(b, moe), x)
+        ffn = milliseconds(b, dense, vectors[: sum(routing.filled or [len(vectors)])])
+        experts = milliseconds(b, moe.experts, slots)
+        texts = {"router": name, "ms": f"{layer:.1f}", "/ dense": f"{layer / ffn:.2f}"}
+        rows.append(texts | {"/ bare experts": f"{layer / experts:.2f}"})
+    print(f"{x.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(table(rows))
 
 
-def bench_router(b, router):
-    """A row of the table: one router's layer, and what it is held against."""
-    moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(b.device)
-    dense = dense_ffn(b.dim, b.hidden).to(b.device)
-    x = torch.randn(TOKENS // GROUP, GROUP, b.dim, device=b.device)
-    with torch.no_grad():
-        routing = moe(x)[1]
-        G, E, C, D = routing.dispatch(x).shape
-    rows = sum(routing.filled or [G * E * C])  # of the slots that are run
-    slots = x.new_empty(E, G, C, D).normal_().transpose(0, 1)  # in memory as dispatch lays them
+def milliseconds(b, call, x):
+    """The median time of call(x) and its backward."""
 
-    def tensor_form(z):
-        dispatch, combine = moe.router(z).tensors()
-        slots = torch.einsum("gtec,gtd->gecd", dispatch.to(z.dtype), z)
-        return torch.einsum("gtec,gecd->gtd", combine.to(z.dtype), moe.experts(slots))
+    def both():
+        with precision(b, x.device):
+            y = call(x)
+        (y[0] if isinstance(y, tuple) else y).sum().backward()
 
-    calls = {"layer": (wrap(b, moe), x), "dense": (dense, x.new_empty(rows, D).normal_())}
-    calls["bare experts"] = moe.experts, slots
-    if router.chooses and G * E * C * GROUP < 2**27:  # soft has no other form; or gigabytes
-        calls["tensor form"] = tensor_form, x
-    seconds = {what: [] for what in calls}
-    for i in range(2 + ROUNDS):
-        for what, (call, z) in calls.items():
-            moe.zero_grad()
-            dense.zero_grad()  # each writes its gradients afresh, as after a step
-            seconds[what].append(timed(b, call, z))
-    layer, *others = (taken[2:] for taken in seconds.values())  # the first two rounds warm up
-    found = {"ms": f"{1e3 * np.median(layer):.1f}"}
-    for what, taken in zip(list(calls)[1:], others):
-        found[f"/ {what}"] = f"{np.median(np.divide(layer, taken)):.2f}"
-    return found
-
-
-def timed(b, call, x):
-    """Seconds of one forward and backward."""
-    x, synchronize = x.detach().requires_grad_(), getattr(torch, b.device.type).synchronize
-    synchronize()
-    start = time.perf_counter()
-    with precision(b, b.device):
-        y = call(x)
-    (y[0] if isinstance(y, tuple) else y).sum().backward()
-    synchronize()
-    return time.perf_counter() - start
+    timer = Timer("both()", globals={"both": both}, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=BENCH_SECONDS).median
 
 
 # ================================================================ Later: the command line
 def main(words=None):
     """Run the command line; returns the exit status: 1 if a run diverged, 2 after a mistake."""
     keep_memory()
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names need not be in its alphabet
     try:
         with mistakes(OSError), process_group():  # such as a full disk
             return command(words)
@@ -1183,15 +1076,12 @@ def command(words):
         action, lists = parse(words)
         overrides = {name: values[0] for name, values in lists.items()}
         several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
-        if action in ("eval", "resume"):  # --eval is to resume a run that is finished
+        if action == "resume":
             out = pathlib.Path(overrides.pop(action))
-            if action == "eval" and not (out / "summary.json").exists():
-                raise ValueError(f"{out} holds no finished run")
             runs = {out: read_json(out / "config.json")["overrides"] | overrides}
         elif action:
             if processes()[0] == 0:  # it does alone what is no training
-                actions = {"bench": bench, "table": results, "sample": sample}
-                actions[action](overrides)
+                {"bench": bench, "table": results, "sample": sample}[action](overrides)
             return 0
         else:
             out, runs = runs_to_do(lists, several)
@@ -1272,13 +1162,12 @@ def runs_to_do(lists, several):
 
 def folder_in_grid(out, settings, axes):
     """The folder of a run: its name tells the place on the axes, its ending all settings."""
-    name = settings.router
+    name, ending = settings.router, f"seed_{settings.seed}-{settings.code}"
     for axis in axes:
         if hasattr(settings, axis):
-            name += f"-{axis}_{to_text(getattr(settings, axis))}".replace("/", "_")
-    ending = f"seed_{settings.seed}-{settings.code}"
-    name = name.encode("utf-8", "replace")[: 199 - len(ending)].decode("utf-8", "ignore")
-    return next(out.glob(f"*-{ending}"), out / f"{name}-{ending}")  # a name has 255 bytes at most
+            name += f"-{axis}_{to_text(getattr(settings, axis))}"
+    name = re.sub(r"[^\w.,+-]", "_", name, flags=re.ASCII)[:150]  # any disk holds it
+    return next(out.glob(f"*-{ending}"), out / f"{name}-{ending}")
 
 
 def parse(words):
@@ -1303,10 +1192,8 @@ def parse(words):
         lists[name] = value if isinstance(value, list) else [value]  # --compile is no list
     action = next((name for name in ACTIONS if lists.get(name, [None])[0]), None)
     for name, values in lists.items():
-        if action and (name not in (action, *BESIDE[action]) or len(values) > 1):
-            raise ValueError(
-                f"{flag(name)}, or two values of it, has no effect with {flag(action)}"
-            )
+        if action == "resume" and (name not in RESUMED or len(values) > 1):
+            raise ValueError(f"{flag(name)} cannot change in a run that is resumed")
         for value in values:
             least = 1 if type(value) is int and name not in ("seed", "shared") else 0
             if type(value) in (int, float) and not least <= value < math.inf:
@@ -1322,12 +1209,10 @@ def default_text(name, default):
             texts.append(f"{task}, tiny: {module.SIZES['tiny'][name]}")
     if to_text(default) not in ("none", "False", ""):
         texts.append(to_text(default))
-    others = {}  # {another default: the routers that have it}
     for router, kind in ROUTERS.items():
-        own = to_text((kind.defaults | kind.train_defaults).get(name, default))
-        if own != to_text(default):
-            others.setdefault(own, []).append(router)
-    texts += [f"{value} for {', '.join(routers)}" for value, routers in others.items()]
+        own = (kind.defaults | kind.train_defaults).get(name, default)
+        if own != default:
+            texts.append(f"{router}: {to_text(own)}")
     return f"({'; '.join(texts)})" if texts else ""
 
 
