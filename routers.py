@@ -469,9 +469,9 @@ class Experts(nn.Module):
         weights = [getattr(self, name) for name in self.names]  # as pruning or LoRA leave them
         if filled is not None:
             return one_by_one(self, slots, filled, weights)
-        G, E, C, width = slots.shape
-        z = slots.transpose(0, 1).reshape(E, -1, self.dim)
-        return self.expert(z, *weights).view(E, G, C, width).transpose(0, 1)
+        z = slots.transpose(0, 1)  # [E, G, C, D]
+        y = self.expert(z.reshape(len(z), -1, self.dim), *weights)
+        return y.view(z.shape).transpose(0, 1)
 
 
 def stacked(num_experts, rows, columns, fan_in):
@@ -693,8 +693,6 @@ class ExpertThreshold(Router):
     def update(self, routings, generator=None):
         super().update(routings, generator)
         gates = torch.cat([routing.weights for routing in routings])
-        if len(gates) == 0:
-            return
         below = 1 - self.options.top_k / self.num_experts
         quantile = gather_processes(gates.quantile(below, dim=1)).mean(0).to(self.threshold)  # [E]
         quantile = torch.where(quantile.isfinite(), quantile, self.threshold)  # not finite: stay
@@ -781,10 +779,9 @@ def one_by_one(experts, slots, filled, weights):
         half = torch.get_autocast_dtype(device)
         slots, weights = slots.to(half), [weight.to(half) for weight in weights]
     outputs = []
-    parts = [weight.split(1) for weight in weights]
-    for own, *own_weights in zip(slots.split(filled), *parts):
-        vectors = own.reshape(1, -1, experts.dim)
-        outputs.append(experts.expert(vectors, *own_weights).view_as(own))
+    for own, *own_weights in zip(slots.split(filled), *[weight.split(1) for weight in weights]):
+        y = experts.expert(own.reshape(1, -1, experts.dim), *own_weights)
+        outputs.append(y.view_as(own))
     return torch.cat(outputs)
 
 
@@ -792,7 +789,7 @@ def one_by_one(experts, slots, filled, weights):
 def losses_of(routing):
     """{name: scalar}, not yet weighted: the losses that its router names in aux_losses."""
     found, router = {}, routing.router
-    for name in () if router is None else router.aux_losses:
+    for name in router.aux_losses if router else ():
         o = router.options
         if name == "importance":
             found[name] = importance_loss(routing.logits, routing.gates)

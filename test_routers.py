@@ -1045,7 +1045,7 @@ def mine(monkeypatch):
 
 
 # ================================================================ one run, flags and their help
-def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(here, album):
+def test_one_seed_gives_the_same_run_bit_for_bit_and_resume_evaluates_it_again(here, album):
     flags = "--router token_choice --capacity-factor 1 --balance vmoe --noise-std 1 --out"
     run(SMALL, album, flags, "a")
     printed = run(SMALL, album, flags, "b")
@@ -1056,7 +1056,7 @@ def test_one_seed_gives_the_same_run_bit_for_bit_and_eval_repeats_it(here, album
     assert [line.get("split") for line in lines[3:]] == ["validation", "test", "test_dropless"]
     assert lines[4] == json_of(here / "a/summary.json")["test"] | {"step": 3, "split": "test"}
     files = {path: path.read_bytes() for path in (here / "b").iterdir()}
-    assert run("--eval b") == printed and "| token_choice |" in printed
+    assert run("--resume b") == printed and "| token_choice |" in printed
     assert files == {path: path.read_bytes() for path in (here / "b").iterdir()}
     first, second = built("--seed 0"), built("--seed 1")
     assert not torch.equal(first.data.batch(0)["image"], second.data.batch(0)["image"])
@@ -1072,8 +1072,8 @@ WRONG_FLAGS = [
     ("--steps 0", "--steps must be at least 1, got 0"),
     ("--patch 5", "--patch must divide the image size 32, got 5"),
     ("--head patch --data x", "--head patch is for drawn images"),
-    ("--eval nowhere", "nowhere"),
-    ("--table . --dim 16", "--dim, or two values of it, has no effect with --table"),
+    ("--resume nowhere", "nowhere"),
+    ("--resume x --dim 16", "--dim cannot change in a run that is resumed"),
     ("--out full", "--out full is not empty"),
     ("--router token_choice --top-k 1 5", "top_k must be at most num_experts=4"),  # of a grid
 ]
@@ -1082,7 +1082,7 @@ WRONG_FLAGS = [
 @pytest.mark.parametrize("flags, rule", WRONG_FLAGS)
 def test_a_wrong_flag_gets_one_line_that_names_the_rule_and_the_value(flags, rule, here):
     pathlib.Path("full/x").mkdir(parents=True)
-    assert rule in refused(*[SMALL][: not re.match("--(eval|table)", flags)], flags)
+    assert rule in refused(*[SMALL][: "--resume" not in flags], flags)
     assert [path.name for path in here.iterdir()] == ["full"]  # nothing was begun
 
 
@@ -1099,7 +1099,7 @@ def test_help_shows_the_defaults_that_hold_also_where_they_differ_by_task_and_ro
             assert f"{task}, tiny: {getattr(s, name)}" in texts["--" + name.replace("_", "-")]
         for name, value in usual.items():
             holds = getattr(s, name, value)
-            named = rf"\b{str(holds).lower()} for [^;]*\b{router}\b"
+            named = rf"\b{router}: {str(holds).lower()}\b"
             text = texts["--" + name.replace("_", "-")].lower()
             assert bool(re.search(named, text)) == (holds != value), (router, name)
         several = train.resolve(dict(task=task, router=router, top_k=2, allow_leak=True))
@@ -1256,12 +1256,11 @@ def test_every_router_pays_what_the_dense_model_of_its_active_experts_pays(route
 
 
 def test_a_bench_times_a_layer_of_every_router_against_its_bounds(monkeypatch):
-    monkeypatch.setattr(train, "TOKENS", 512)
-    monkeypatch.setattr(train, "ROUNDS", 1)
+    monkeypatch.setattr(train, "BENCH_SECONDS", 1e-6)
     text = run("--bench --dim 8 --hidden 16 --experts 4 --top-k 2")
-    assert re.search(r"\| ms +\| / dense \| / bare experts \| / tensor form \|", text)
+    assert re.search(r"\| ms +\| / dense \| / bare experts \|", text)
     for name in ROUTERS:
-        assert len(re.findall(rf"\| {name} +(?:\| [\d.]+ +){{3}}\| [\d.-]+ +\|", text)) == 1
+        assert len(re.findall(rf"\| {name} +(?:\| [\d.]+ +){{3}}\|", text)) == 1
 
 
 # ================================================================ training
@@ -1270,16 +1269,15 @@ def step_by_hand(b, step, moments):
     s, names = b.settings, dict(b.model.named_parameters())
     loss, _, routings = b.data.loss(b.model.train(), b.data.batch(step))
     for routing in routings.values():
-        loss = loss + 0.5 * routing.losses["balance"] + 0.25 * routing.losses["z"]
+        loss = loss + 0.1 * (routing.losses["balance"] + routing.losses["z"])
     gradients = torch.autograd.grad(loss, names.values())
     norm = sum(gradient.square().sum() for gradient in gradients).sqrt().item()
-    warm = 4  # of 10 steps
-    rate = s.lr * (step + 1) / warm
-    if step >= warm:
-        rate = s.lr * (1 + math.cos(math.pi * (step - warm) / (10 - warm))) / 2
+    rate = s.lr * (step + 1) / 3  # it rises in 3 of 30 steps
+    if step >= 3:
+        rate = s.lr * (1 + math.cos(math.pi * (step - 3) / 27)) / 2
     for (name, parameter), gradient in zip(names.items(), gradients):
         m, v = moments.get(name, (0, 0))
-        gradient = gradient * min(1, 1 / norm)
+        gradient = gradient * min(1, 1 / (norm + 1e-6))
         moments[name] = m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
         own, decay = rate, 0.05
         if ".router." in name:
@@ -1295,9 +1293,8 @@ def step_by_hand(b, step, moments):
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_steps_equal_those_written_out_by_hand_also_of_a_batch_in_parts(parts, album):
-    flags = """--router token_choice --balance switch --balance-weight 0.5 --z-loss 0.25
-        --bias-rate 0.1 --shared 1 --top-k 2 --router-lr 0.5 --lr 0.1 --warmup 0.4 --steps 10
-        --dtype float64"""
+    flags = """--router token_choice --balance st_moe --balance-weight 0.1 --bias-rate 0.1
+        --shared 1 --top-k 2 --router-lr 0.5 --lr 0.1 --steps 30 --dtype float64"""
     b = built(flags, "--grad-accum", parts, album)
     twin, moments, norms = built(flags, album), {}, []
     for step in range(8):
@@ -1325,7 +1322,7 @@ def test_statistics_of_a_routing_worked_out_by_hand():
     wants = torch.tensor([[[1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]]).bool()
     seats = torch.tensor([[[1, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]]]).bool()
     sums = train.block_sums({1: HardRouting(None, seats, torch.ones(1, 4, 3), 2, wants=wants)})
-    expected = {"load_max": 2, "dead": 1, "dropped": 0.5, "slots_per_token": 0.75, "entropy": 0}
+    expected = {"load_max": 2, "dead": 1, "dropped": 0.5, "entropy": 0}
     assert train.block_stats(sums)[1] == pytest.approx(expected)
     assert train.block_stats({1: 3 * sums[1]})[1] == pytest.approx(expected)  # of a sum, the same
 
@@ -1705,10 +1702,9 @@ def test_a_table_tells_means_ties_and_single_seeds_and_no_leaky_row_is_the_best(
     expected = ["expert_choice (leaky): +1.1, 1", "token_choice: best, 2.1 ± 0.141"]
     assert verdicts == expected + ["hash: tie, 2.2 ± 0.0707", "sigmoid: -0.9, 3"]
     page, drawn = page_of("g/report.html")
-    assert shown.strip() in page and len(drawn["training loss, mean over seeds"]) == 4
-    assert re.findall(r'<text x="400" [^>]*>(\w+)', page) == list(bits)[:1:-1] + list(bits)[:2]
-    x, y = np.array(re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', page), float).T
-    assert np.argsort(x).tolist() == [2, 3, 1, 0] and y.argsort().tolist() == [0, 1, 2, 3]
+    heights = [[1] * 4, [0.5, 0.4] * 2, [0.425, 0.375] * 2, [0] * 4]  # of two seeds, twice
+    assert shown.strip() in page and drawn["bits/byte"] == heights
+    assert re.findall(r'points="([\d.]+)', page) == ["0.3333", "0.0000", "0.6667", "1.0000"]
     (path,) = here.glob("g/hash-seed_1*/summary.json")
     path.write_text('{"test"')
     run("--table g")
@@ -1788,7 +1784,6 @@ def test_a_signal_saves_first(number, status, here, mine):
     mine.clear()
     step = checkpoint_of("b")["step"]
     assert step in (3, 4) and f"interrupted after {step} of 6 steps; --resume b goes on" in text
-    assert "b holds no finished run" in refused("--eval b")
     assert "b is at step" in refused("--resume b --steps 2")
     assert "--out b is not empty" in refused(*flags, "b")
     run("--resume b --log-every 1 --save-every 0")
@@ -1833,16 +1828,15 @@ def write_data(kind, folder, seed):
 
 
 @pytest.mark.parametrize("kind", ["npz", "text", "bin"])
-def test_resume_and_eval_find_their_data_from_any_folder_and_refuse_other_data(kind, here):
+def test_resume_finds_its_data_from_any_folder_and_refuses_other_data(kind, here):
     flags = write_data(kind, here / "home", seed=0)
     write_data(kind, here / "away", seed=1)
     os.chdir(here / "home")
     text = run(flags, "--out run")
     os.chdir(here / "away")
-    assert run("--eval ../home/run").partition("\n->")[0] == text.partition("\n->")[0]
+    assert run("--resume ../home/run").partition("\n->")[0] == text.partition("\n->")[0]
     write_data(kind, here / "home", seed=2)  # changed in place
-    for flags in "--eval ../home/run", "--resume ../home/run --steps 5":
-        assert "was trained on other data" in refused(flags)
+    assert "was trained on other data" in refused("--resume ../home/run --steps 5")
     write_data(kind, here / "home", seed=0)
     run("--resume ../home/run --steps 5")
 
