@@ -325,15 +325,12 @@ class Text:
         """What is printed of the experts at the end: the commonest tokens of each."""
         lines = []
         for block, labels in contingency.items():  # none of .bin files
-            counts, pieces = labels["token"]
-            for expert, share in enumerate(counts[:, :-1].T):  # the last column is no expert
-                commonest = [pieces[i] for i in share.topk(12).indices if share[i] > 0]
-                words = [repr(piece.decode("utf-8", "replace"))[1:-1] for piece in commonest]
-                lines.append(f"block {block}, expert {expert}: {' '.join(words)}")
+            for expert, words in enumerate(commonest(*labels["token"])):
+                lines.append(f"block {block}, expert {expert}: {words}")
         return "\n".join(lines)
 
     @torch.no_grad()
-    def pictures(self, model):
+    def pictures(self, model, contingency):
         """The report page's part on text, HTML: validation text colored by expert."""
         if self.tokenizer is None:
             return ""
@@ -342,8 +339,8 @@ class Text:
             weights = routing.expert_weights
             E = weights.shape[-1]
             page += f"<h3>Block {block}: validation text, each token in its expert's color</h3>"
-            for e in range(E):
-                page += on_page(f" expert {e} ", e, E) + " "
+            for e, words in enumerate(commonest(*contingency[block]["token"])):
+                page += on_page(f" expert {e} ", e, E) + f" {html.escape(words)}<br>"
             page += on_page(" no expert ", E, E)
             for of_text, some in zip(tokens, weights.view(len(tokens), -1, E)):
                 page += f"<pre>{painted(of_text, some, self.tokenizer.pieces)}</pre>"
@@ -628,6 +625,15 @@ def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
             place = int(chance.multinomial(1, generator=seeded(seed, "sample", step)))
         tokens = tokens + [int(order[place])]
     return tokens
+
+
+def commonest(counts, pieces):
+    """The twelve commonest tokens of each expert, by counts [tokens, E + 1], as lines of text."""
+    found = []
+    for share in counts[:, :-1].T:  # the last column is no expert
+        best = [pieces[i] for i in share.topk(12).indices if share[i] > 0]
+        found.append(" ".join(repr(piece.decode("utf-8", "replace"))[1:-1] for piece in best))
+    return found
 
 
 def painted(tokens, weights, pieces):

@@ -224,7 +224,7 @@ class Images:
         return ""
 
     @torch.no_grad()
-    def pictures(self, model):
+    def pictures(self, model, contingency):
         """The report page's part on images, HTML: the patches that each expert likes best."""
         P, image, page = self.patch, next(iter(self.split("test")))["image"], ""
         pixels = ((image * self.std + self.mean).clamp(0, 1) * 255).round().byte().cpu()

@@ -1612,7 +1612,7 @@ def test_a_report_of_images_holds_the_printed_table_curves_and_maps_and_is_clear
 def test_the_patches_of_an_expert_are_those_it_weighs_most_with_their_pixels_rounded():
     b = built("--router expert_choice")
     image = next(b.data.split("test"))["image"]
-    found = re.findall(r"data:image/bmp;base64,([^\"]*)", b.data.pictures(b.model))
+    found = re.findall(r"data:image/bmp;base64,([^\"]*)", b.data.pictures(b.model, {}))
     assert len(found) == 4 * 16  # experts, and the best of each
     best = b.model(image)[1][1].expert_weights.flatten(0, 1).argmax(0)  # of B * T patches
     pixels = F.unfold((image * 0.25 + 0.5).clamp(0, 1) * 255, 8, stride=8)  # [B, 3 * 8 * 8, T]

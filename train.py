@@ -785,7 +785,7 @@ def run_page(data, model, summary, shown, lines, contingency):
     body.append("<h3>Which expert serves which share of a label's tokens, where it tells most</h3>")
     for block, label in sorted(gains, key=gains.get, reverse=True)[:3]:
         body.append(heat_map(f"block {block}: {label}", *contingency[block][label]))
-    body.append(data.pictures(model))
+    body.append(data.pictures(model, contingency))
     title = escape(f"Router {summary['router']} on {data.examples}")
     return PAGE.format(title=title, body="\n".join(body))
 
