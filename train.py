@@ -862,7 +862,12 @@ class Record:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines = open(self.folder / "metrics.jsonl", "ab")
-        lock(self.lines)  # until the record goes, and closes it
+        try:
+            flock(self.lines, LOCK_EX | LOCK_NB)  # until the record goes, and closes it
+        except BlockingIOError:
+            raise ValueError(f"{self.folder} is in use: another process trains there") from None
+        except (OSError, NameError):
+            pass  # some file systems have no locks, nor has Windows
         self.lines.truncate(self.end)
         (self.folder / "summary.json").unlink(missing_ok=True)
         if "data" in overrides:
@@ -905,17 +910,6 @@ class Record:
                 self.log(self.settings.steps, {"split": split, **values})
         save(self.folder / "report.html", page)
         save(self.folder / "summary.json", json.dumps(summary, indent=1))
-
-
-def lock(file):
-    """Keep other processes out until it is closed; ValueError if one is in."""
-    try:
-        flock(file, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        folder = pathlib.Path(file.name).parent
-        raise ValueError(f"{folder} is in use: another process trains there") from None
-    except (OSError, NameError):
-        pass  # some file systems have no locks, nor has Windows
 
 
 def save(path, content):
