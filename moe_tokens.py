@@ -10,7 +10,6 @@ have their twins in moe_vision.py, in the same order: read the two files side by
 """
 
 import collections
-import colorsys
 import html
 import itertools
 import keyword
@@ -53,7 +52,7 @@ SETTINGS = {  # as in train.py: name: (type, default, what it is)
     "allow_leak": (bool, False, "run a routing that sees the future; results are labeled leaky"),
 }
 SAMPLING = {  # with --sample
-    "prompt": (str, "", "text to go on from"),
+    "prompt": (str, "\n", "text to go on from"),
     "max_new_tokens": (int, 200, "tokens to write"),
     "temperature": (float, 0.8, "0: always the likeliest token"),
     "top_p": (float, 0.95, "draw from the likeliest tokens that hold this much probability"),
@@ -64,10 +63,9 @@ SAMPLING = {  # with --sample
 class GPT(nn.Module):
     """tokens [B, T] -> logits [B, T, V] and {block: Routing}.
 
-    By default each MoE is called as in ViT, with the token ids for hash. unit="sequence": the batch
-    is one group in which each sequence counts as one token of width T*D; the expert works on its T
-    vectors. It is routed by the mean of its first `prefix` positions, or of all if None.
-    scope="global": one routing, made after the embeddings, serves all blocks.
+    By default each MoE routes each token by itself. unit="sequence": the batch is one group, and a
+    sequence one token of width T*D in it, routed by the mean of its first `prefix` positions (None:
+    of all); an expert works on its T vectors. scope="global": one routing serves all blocks.
     """
 
     def __init__(self, vocab_size, context, dim, heads, ffns, unit, scope, prefix):
@@ -87,14 +85,15 @@ class GPT(nn.Module):
 
     def forward(self, tokens):
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        given = None  # or the one Routing of all blocks, made before any block's own norm
+        given = None  # or the one Routing of all blocks, of the normalized embeddings
         if self.scope == "global":
             given = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), tokens)
 
         def run_moe(moe, z):
             """What the MoE makes of z [B, T, D], and its Routing."""
             routing = self.route(moe, z, tokens) if given is None else given
-            groups = z if self.unit == "token" else z.flatten(1)[None]  # or [1, B, T * D]
+            # A sequence that is routed whole is a token of width T * D, in one group of B.
+            groups = z if self.unit == "token" else z.flatten(1)[None]
             y, _ = moe(groups, routing=routing)
             return y.view_as(z), routing
 
@@ -123,7 +122,7 @@ def resolve(settings, router, overrides):
     if s.moe_blocks is None:
         s.moe_blocks = list(range(s.depth))  # as in the study
     if s.data not in (None, *DATASETS):
-        s.data = str(pathlib.Path(s.data).absolute())  # to be found again from any folder
+        s.data = str(pathlib.Path(s.data).absolute())  # so that --resume finds it from any folder
     if holds_bins(s.data):
         s.vocab_size = None  # the files bring their own
     if "renormalize" not in overrides and hasattr(s, "renormalize"):
@@ -132,10 +131,11 @@ def resolve(settings, router, overrides):
         s.unit, s.scope = "token", "layer"
     if s.unit == "sequence" and torch.distributed.is_initialized():
         raise ValueError("--unit sequence routes the batch as one group; it runs in one process")
+    if s.unit == "sequence":
+        if router.chooses != "tokens" or not router.causal or s.capacity_factor is not None:
+            raise ValueError("--unit sequence needs a dropless router, as each one chooses alone")
     if s.unit == "token" or s.router == "hash":  # hash reads the first token of a sequence
         s.pool, s.prefix = "prefix", 1
-    elif router.chooses != "tokens" or not router.causal or s.capacity_factor is not None:
-        raise ValueError("--unit sequence needs a dropless router that judges each sequence alone")
     if s.pool == "mean":
         s.prefix = 1
     # The router has read the prefix, so it is not scored; nor is token 0, which nothing predicts.
@@ -163,18 +163,18 @@ def find_leak(settings, router):
 
 # ---------------------------------------------------------------- what train.py asks of text
 class Text:
-    """Windows of `context` tokens, each within one document; or of nanoGPT's .bin files.
+    """Windows of `context` tokens of documents, or of nanoGPT's .bin files.
 
-    Reading sets description, fingerprint, vocab_size and parts[name]: windows [W, T + 1], each
-    beginning with the last token of the one before, and the document of each. Of text it also sets
+    Reading sets description, fingerprint, vocab_size and stored[split]: windows [W, T + 1], each
+    beginning with the last token of the one before, and the document of each. For documents also
 
     tokenizer, bytes_of  its pieces of text, and the bytes in each; .bin files have None
     topics, topic_of     names of the ten largest; each document's place among them, or -1
     classes, class_of    CODE or PROSE; each token's place in it
 
-    A batch is {"input": [B, T], "label": [B, T], "document": [B]}, of text also "bytes" [B, T], how
-    many bytes each label spells. batch(step, part) gives the slice `part` of the step's batch, the
-    same for every run of one seed; split(name) the batches of a part.
+    A batch is {"input": [B, T], "label": [B, T], "document": [B]}; for documents also "bytes"
+    [B, T], how many bytes each label spells. batch(step, part) is the slice `part` of the step's
+    batch, the same for every run of one seed; batches(split) are those of a split.
     """
 
     examples = "sequences"  # speed is told in these per second
@@ -186,12 +186,12 @@ class Text:
         self.context = self.tokens = settings.context
         self.score_from, self.unit = settings.score_from, settings.unit
         self.device = torch.device(device)
-        self.parts, self.topics, self.tokenizer = {}, [], None
+        self.stored, self.topics, self.tokenizer = {}, [], None
         if holds_bins(settings.data):
             self.read_bins(pathlib.Path(settings.data))
         else:
             self.read_text(settings)
-        self.sizes = {part: len(windows) for part, (windows, _) in self.parts.items()}
+        self.sizes = {split: len(windows) for split, (windows, _) in self.stored.items()}
         train, held = self.sizes["train"], self.sizes["validation"]
         windows = f"{train} training and {held} validation windows of {self.context} tokens"
         self.description += f"; {windows}"
@@ -213,25 +213,26 @@ class Text:
         rows = rows_of_step(self.seed, step, self.batch_size, self.sizes["train"])
         return self.ready("train", rows[part].numpy())
 
-    def split(self, name):
+    def batches(self, split):
         """The validation windows that are scored; or "all", up to 4096 windows of all documents."""
         chosen = {"validation": self.scored}
-        if name == "all":
-            share, chosen = min(1, 4096 / sum(self.sizes.values())), {}
-            for part, size in self.sizes.items():
-                chosen[part] = np.linspace(0, size - 1, math.ceil(share * size)).astype(int)
+        if split == "all":
+            share = min(1, 4096 / sum(self.sizes.values()))
+            chosen = {}
+            for name, size in self.sizes.items():
+                chosen[name] = np.linspace(0, size - 1, math.ceil(share * size)).astype(int)
         most = max(1, 8192 // self.context)  # windows in a batch
-        for part, rows in chosen.items():
+        for name, rows in chosen.items():
             for i in range(0, len(rows), most):
-                yield self.ready(part, rows[i : i + most])
+                yield self.ready(name, rows[i : i + most])
 
     def few(self, count):
         """A batch of so many of the scored windows."""
         return self.ready("validation", self.scored[:: max(1, len(self.scored) // count)][:count])
 
-    def ready(self, part, rows):
-        """These windows of a part as a batch."""
-        windows, document = self.parts[part]
+    def ready(self, split, rows):
+        """These windows of a split as a batch."""
+        windows, document = self.stored[split]
         window = torch.from_numpy(windows[rows].astype(np.int64))  # [B, T + 1]
         label = window[:, 1:].clone()
         label[:, : self.score_from - 1] = UNSCORED  # label[:, i] is the token at position i + 1
@@ -266,10 +267,10 @@ class Text:
         return found
 
     def labels(self, batch, start):
-        """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
+        """What experts may specialize in: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the id of the document, token or sequence that a label belongs to; -1: counted, but
-        no NMI. Label -1 is none. `start` windows came before this batch.
+        owner: the unit that nmi_and_null() in train.py shuffles whole, a document, sequence or
+        token; -1: counted, but no NMI. Label -1 is none. `start` windows came before this batch.
         """
         if self.tokenizer is None:
             return {}
@@ -286,7 +287,7 @@ class Text:
 
     @torch.no_grad()
     def report(self, settings, model, fresh):
-        """Of a leaky model the metrics of 32 windows, twice.
+        """A leaky model's metrics on 32 windows, in two ways.
 
         as_scored: all tokens at once. as_generated: later tokens hidden, as when the model writes.
         """
@@ -295,7 +296,7 @@ class Text:
         batch = self.few(32)
         scored, counts, _ = self.loss(model, batch)
         generated, found = 0.0, {}
-        for end in range(settings.score_from, settings.context + 1):
+        for end in range(settings.score_from, settings.context + 1):  # what follows end tokens
             logits, _ = model(batch["input"][:, :end])
             label = batch["label"][:, end - 1]
             generated += F.cross_entropy(logits[:, -1], label, reduction="sum")
@@ -312,13 +313,13 @@ class Text:
 
         found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
         found["dropless"] = bits("validation_dropless")
-        if bits("as_generated"):  # estimated: the loss of all + (generated - scored) of 32 windows
+        if bits("as_generated"):  # estimated: the loss of all, plus the gap on 32 windows
             lost = bits("as_generated") - bits("as_scored")
             found["as generated"] = bits("validation") + lost
         return found
 
     def score(self, summary):
-        """By which the rows of a table are ranked; more is better."""
+        """Ranks the rows of a table; higher is better."""
         return -summary["validation"].get("bits_per_byte", summary["validation"]["loss"])
 
     def notes(self, contingency):
@@ -350,14 +351,14 @@ class Text:
     def read_bins(self, path):
         """nanoGPT's files: tokens of two bytes."""
         largest, found = 0, []
-        for part, name in ("train", "train.bin"), ("validation", "val.bin"):
+        for split, name in ("train", "train.bin"), ("validation", "val.bin"):
             size = (path / name).stat().st_size
             if size % 2 or size <= 2 * self.context:
                 rule = f"more than {self.context} tokens of two bytes each"
                 raise ValueError(f"{path / name} must hold {rule}, got {size} bytes")
             ids = np.memmap(path / name, np.uint16, "r")
             windows = sliding_window_view(ids, self.context + 1)[:: self.context]  # not in memory
-            self.parts[part] = windows, np.zeros(len(windows), int)
+            self.stored[split] = windows, np.zeros(len(windows), int)
             largest = max(largest, int(ids.max()))
             found.append(ids)
         self.fingerprint = fingerprint(*found)
@@ -375,8 +376,8 @@ class Text:
         long = [document for document in documents if len(document.raw) > self.context]
         train, validation = divide(long or documents)
         self.tokenizer = Tokenizer.learn((d.raw for d in train), settings.vocab_size)
-        pieces, topics = self.tokenizer.pieces, []  # topics: of each document that fills a window
-        for part, chosen in ("train", train), ("validation", validation):
+        pieces, topics = self.tokenizer.pieces, []  # topics: one a document that fills a window
+        for split, chosen in ("train", train), ("validation", validation):
             windows, number = [np.empty((0, self.context + 1), np.int32)], []
             for document in chosen:
                 ids = self.tokenizer.encode(document.raw)
@@ -384,7 +385,7 @@ class Text:
                     windows.append(sliding_window_view(ids, self.context + 1)[:: self.context])
                     number += [len(topics)] * len(windows[-1])
                     topics.append(document.topic)
-            self.parts[part] = np.concatenate(windows), np.array(number, int)
+            self.stored[split] = np.concatenate(windows), np.array(number, int)
         if len(set(topics)) > 1:
             largest = collections.Counter(sorted(topics)).most_common(10)  # ties: the first by name
             place = {topic: i for i, (topic, _) in enumerate(largest)}
@@ -444,7 +445,7 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size=4096):
-        """The lexemes, met at least twice, that cover the most bytes; vocab_size - 256 at most."""
+        """Up to vocab_size - 256 lexemes, those met twice or more that cover the most bytes."""
         counts = collections.Counter(lexeme for text in texts for lexeme in lexemes(text))
         common = [lexeme for lexeme in counts if counts[lexeme] > 1]
         common.sort(key=lambda lexeme: (-counts[lexeme] * len(lexeme), lexeme))
@@ -455,11 +456,11 @@ class Tokenizer:
         ids = []
         for lexeme in lexemes(text):
             if lexeme not in self.cache:
-                self.cache[lexeme] = self.split(lexeme)
+                self.cache[lexeme] = self.cut(lexeme)
             ids.extend(self.cache[lexeme])
         return np.array(ids, np.int32)
 
-    def split(self, lexeme):
+    def cut(self, lexeme):
         """The id of a known lexeme; of another, those of its longest known beginnings."""
         if lexeme in self.ids:
             return [self.ids[lexeme]]
@@ -468,7 +469,7 @@ class Tokenizer:
             end = len(lexeme)
             while end > 1 and lexeme[:end] not in self.ids:
                 end -= 1
-            ids.append(self.ids[lexeme[:end]] if end > 1 else lexeme[0])
+            ids.append(self.ids[lexeme[:end]] if end > 1 else lexeme[0])  # a lone byte is its id
             lexeme = lexeme[end:]
         return ids
 
@@ -512,7 +513,7 @@ def token_class(token, piece, classes):
     """The place in CODE or PROSE of a token, by its spelling alone; ids below 256 are raw bytes."""
     spelling = ""
     if token >= 256:
-        # A character that was cut in two counts as a letter.
+        # Part of a character is not UTF-8; it counts as a letter.
         spelling = piece.decode("utf-8", "replace").replace("\ufffd", "x")
     for place, pattern in enumerate(classes.values()):
         if re.match(pattern, spelling):
@@ -584,7 +585,7 @@ def divide(documents):
     mixed = sorted(documents, key=lambda d: seeded("validation split", d.name).initial_seed())
     for document in mixed:
         alone = sizes[document.topic] == 1
-        groups[None if alone else document.topic].append(document)
+        groups[None if alone else document.topic].append(document)  # None: of all lone ones
     train, validation = [], []
     for group in groups.values():
         tenth = min(len(group) - 1, max(1, round(len(group) / 10)))
@@ -595,7 +596,7 @@ def divide(documents):
 
 # ---------------------------------------------------------------- sampling, and colored text
 def sample(model, tokenizer, saved, asked):
-    """Prompt and continuation by the run of `saved` settings; ValueError for what it cannot write.
+    """Prompt and continuation, by a run of `saved` settings; ValueError if it cannot write them.
 
     asked: prompt, max_new_tokens, temperature, top_p and seed.
     """
@@ -619,7 +620,7 @@ def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
         chance = (logits[0, -1].float().cpu() / max(temperature, 1e-6)).softmax(-1)
         chance, order = chance.sort(descending=True, stable=True)
         likelier = chance.cumsum(0) - chance  # the probability of the tokens before this one
-        chance[1:][likelier[1:] >= top_p] = 0  # the first is always kept
+        chance[likelier >= max(top_p, 1e-9)] = 0  # the first has none before it, and stays
         place = 0
         if temperature > 0:
             place = int(chance.multinomial(1, generator=seeded(seed, "sample", step)))
@@ -653,12 +654,11 @@ def painted(tokens, weights, pieces):
 
 def on_page(text, expert, count):
     """HTML: text on the color of an expert of so many."""
-    rgb = color(expert, count, lightness=0.8)
-    return f'<span style="background:rgb{rgb}">{html.escape(text)}</span>'
+    return f'<span style="background:{color(expert, count, 80)}">{html.escape(text)}</span>'
 
 
 def color(place, count, lightness):
-    """(red, green, blue) of expert `place` of `count`; gray where place is count: no expert."""
+    """The CSS color of expert `place` of `count`; gray where place is count: no expert."""
     if place == count:
-        return 200, 200, 200
-    return tuple(round(255 * part) for part in colorsys.hls_to_rgb(place / count, lightness, 0.8))
+        return "#c8c8c8"
+    return f"hsl({360 * place / count:.0f}, 80%, {lightness}%)"

@@ -62,7 +62,7 @@ class Block(nn.Module):
     def forward(self, x, run_moe=None):
         """x [B, T, D] -> x, and the Routing of the MoE; an FFN has None.
 
-        run_moe(moe, z) -> y, routing stands in for moe(z) in a model that routes in its own way.
+        run_moe(moe, z) -> y, routing replaces moe(z): moe_tokens.py routes with it.
         """
         B, T, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
@@ -109,7 +109,10 @@ class ViT(nn.Module):
 
 
 def resolve(settings, router, overrides):
-    """Fill in what follows from other settings; ValueError where they clash. Returns no label."""
+    """Fill in what follows from other settings; ValueError where they clash.
+
+    Returns the label of all results: of images none. router and overrides: as in moe_tokens.py.
+    """
     s = settings
     if s.moe_blocks is None:  # every second block, the last one among them, as in V-MoE
         s.moe_blocks = [block for block in range(s.depth) if (s.depth - block) % 2]
@@ -117,7 +120,7 @@ def resolve(settings, router, overrides):
     if s.head == "patch" and not issubclass(kind, Drawn):
         raise ValueError("--head patch is for drawn images, whose patches we know; --data has none")
     if s.data not in (None, *DATASETS, *OFFICIAL):
-        s.data = str(pathlib.Path(s.data).absolute())  # to be found again from any folder
+        s.data = str(pathlib.Path(s.data).absolute())  # so that --resume finds it from any folder
     return ""
 
 
@@ -126,18 +129,18 @@ class Images:
     """A set of images. A subclass brings batch(), split() and these attributes:
 
     image_size, names  pixels along an image; of the classes
-    mean, std          an image is (pixel - mean) / std, pixels from 0 to 1
+    mean, std          an image is (pixel - mean) / std, pixels from about 0 to 1
     description        one line on the set
 
     A batch is {"image": [B, 3, S, S], "label": [B]}; of drawn images also "shape" [B], "kind"
-    [B, T] and, where a patch is a tile, "tile" [B, T]. batch(step, part) gives the slice `part` of
-    the step's batch, the same for every run of one seed; split(name) the batches of one of splits.
+    [B, T] and, if patches are of 4x4 pixels, "tile" [B, T]. batch(step, part) is the slice `part`
+    of the step's batch, the same for every run of one seed; batches(split) are those of a split.
     """
 
-    examples = "images"  # speed is told in these per second
+    examples = "images"  # the unit of speed
     splits = ("validation", "test")  # what is evaluated; the last one is for the table
     examined = "test"  # the split on which experts are examined
-    fingerprint = ""  # differs where the data do: a run goes on with its own data alone
+    fingerprint = ""  # identifies the data; --resume checks it
 
     def __init__(self, settings, device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
@@ -163,7 +166,7 @@ class Images:
         label, guess, counts = batch["label"], logits.argmax(-1), {}
         if logits.ndim == 3:  # patches
             kind, shape = batch["kind"], batch["shape"][:, None]
-            label = torch.where(kind > 0, 2 * shape + kind, 0)  # [B, T], see PATCH_CLASSES
+            label = torch.where(kind > 0, 2 * shape + kind, 0)  # [B, T], as PATCH_CLASSES says
             for c in range(PATCH_CLASSES):
                 counts[f"both{c}"] = ((guess == c) & (label == c)).sum()
                 counts[f"either{c}"] = ((guess == c) | (label == c)).sum()
@@ -171,7 +174,7 @@ class Images:
         return F.cross_entropy(logits.flatten(0, -2), label.flatten()), counts, routings
 
     def metrics(self, sums):
-        """What is reported, from summed counts and the summed loss: top1, of patches miou, in %.
+        """What is reported, in %: top1, and of patches miou. sums: of counts, and of loss * count.
 
         miou: the mean over classes of intersection over union; a class that is nowhere counts 0.
         """
@@ -183,10 +186,10 @@ class Images:
         return found
 
     def labels(self, batch, start):
-        """What an expert's choice may go by: {name: (label [B, T], owner [B, T], names of labels)}.
+        """What experts may specialize in: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the id of the image or patch that a label belongs to; nmi_and_null() in train.py
-        deals labels to other owners. Label -1 is none. `start` images came before this batch.
+        owner: the image or patch that a label belongs to; nmi_and_null() in train.py shuffles
+        labels among owners. Label -1 is none. `start` images came before this batch.
         """
         B, T = len(batch["image"]), self.tokens
         patch = torch.arange(start * T, (start + B) * T).view(B, T)
@@ -216,7 +219,7 @@ class Images:
         }
 
     def score(self, summary):
-        """By which the rows of a table are ranked; more is better."""
+        """Ranks the rows of a table; higher is better."""
         return summary["test"].get("miou", summary["test"]["top1"])
 
     def notes(self, contingency):
@@ -226,7 +229,7 @@ class Images:
     @torch.no_grad()
     def pictures(self, model, contingency):
         """The report page's part on images, HTML: the patches that each expert likes best."""
-        P, image, page = self.patch, next(iter(self.split("test")))["image"], ""
+        P, image, page = self.patch, next(iter(self.batches("test")))["image"], ""
         pixels = ((image * self.std + self.mean).clamp(0, 1) * 255).round().byte().cpu()
         patches = F.pixel_unshuffle(pixels, P).flatten(2).mT.reshape(-1, 3, P, P)  # [B * T, ...]
         for block, routing in model(image)[1].items():
@@ -259,8 +262,8 @@ def order_of_epoch(seed, epoch, count):
 def rows_of_step(seed, step, size, count):
     """Which of `count` examples are the batch of a step: epoch by epoch, each in a fresh order."""
     epoch, start = divmod(step * size, count)
-    this, after = order_of_epoch(seed, epoch, count), order_of_epoch(seed, epoch + 1, count)
-    return torch.cat([this[start : start + size], after[: max(0, start + size - count)]])
+    order, next_order = order_of_epoch(seed, epoch, count), order_of_epoch(seed, epoch + 1, count)
+    return torch.cat([order[start : start + size], next_order[: max(0, start + size - count)]])
 
 
 def send(tensor, device):
@@ -298,10 +301,10 @@ class Drawn(Images):
     def batch(self, step, part=slice(None)):
         return self.draw(self.batch_size, TRAINED, "train", step, part=part)
 
-    def split(self, name):
+    def batches(self, split):
         """The validation or the test images, 2048 of each, in batches."""
         for i in range(8):
-            yield self.draw(256, TRAINED, name, i)
+            yield self.draw(256, TRAINED, split, i)
 
     def report(self, settings, model, fresh):
         """10-shot accuracy in % on the held-out classes, the mean of five draws."""
@@ -333,7 +336,8 @@ class Drawn(Images):
         B, S = len(label), self.image_size
         n = S // TILE
         filled = outline(shape, look, S)  # [B, S, S], is a pixel inside?
-        laid = self.tiles[tile].view(B, n, n, TILE, TILE).transpose(2, 3).reshape(B, 1, S, S)
+        laid = self.tiles[tile].view(B, n, n, TILE, TILE)  # n * n tiles; then an image of them
+        laid = laid.transpose(2, 3).reshape(B, 1, S, S)
         ground, paint = look[:, 4:7] * 0.5, look[:, 7:10] * 0.5 + 0.5  # the shape is brighter
         figure = paint[..., None, None] * (1 + laid / 3)  # [B, 3, S, S]
         image = torch.where(filled[:, None], figure, ground[..., None, None]) + 0.15 * noise
@@ -384,20 +388,20 @@ class Stored(Images):
         self.fingerprint = fingerprint(image, label, *test)
         order = torch.randperm(len(image), generator=seeded("validation split"))  # one for all
         held, kept = order[: len(order) // 10], order[len(order) // 10 :]
-        self.parts = {"train": (image[kept], label[kept])}
-        self.parts |= {"validation": (image[held], label[held]), "test": test}
+        self.stored = {"train": (image[kept], label[kept])}
+        self.stored |= {"validation": (image[held], label[held]), "test": test}
         sizes = f"{len(kept)} training, {len(held)} validation and {len(test[0])} test images"
         self.description = f"{printable(settings.data)}: {sizes} of {classes} classes"
         if not len(held) or self.batch_size > len(kept):
             raise ValueError(f"{self.description}: too few for --batch-size {self.batch_size}")
-        pixels = self.parts["train"][0].to(torch.get_default_dtype()) / 255
+        pixels = self.stored["train"][0].to(torch.get_default_dtype()) / 255
         self.mean = pixels.mean((0, 2, 3))[:, None, None].to(self.device)
         self.std = (pixels.std((0, 2, 3))[:, None, None] + 1e-5).to(self.device)
         self.image_size, self.names = pixels.shape[-1], [f"class {c}" for c in range(classes)]
 
     def batch(self, step, part=slice(None)):
         """Epoch by epoch in a fresh order; images are shifted by up to an eighth, half flipped."""
-        image, label = self.parts["train"]
+        image, label = self.stored["train"]
         rows = rows_of_step(self.seed, step, self.batch_size, len(label))
         S, pad, g = self.image_size, self.image_size // 8, seeded(self.seed, "augment", step)
         shift = torch.randint(2 * pad + 1, (len(rows), 2), generator=g)
@@ -410,8 +414,8 @@ class Stored(Images):
         crop = windows[torch.arange(len(rows), device=self.device), :, y, x]  # [B, 3, S, S]
         return self.ready(torch.where(flip, crop.flip(3), crop), label[rows])
 
-    def split(self, name):
-        image, label = self.parts[name]
+    def batches(self, split):
+        image, label = self.stored[split]
         for i in range(0, len(label), 256):
             yield self.ready(send(image[i : i + 256], self.device), label[i : i + 256])
 
@@ -442,7 +446,7 @@ def read_images(data):
 
 
 def read_cifar(folder):
-    """A record is, in CIFAR-100, a byte for a coarse label; then one for the label; the pixels."""
+    """The parts of read_images(). A record: a coarse label (CIFAR-100 alone), a label, pixels."""
     train, test, coarse, classes = sorted(folder.glob("data_batch_*.bin")), "test_batch.bin", 0, 10
     if not train:
         train, test, coarse, classes = [folder / "train.bin"], "test.bin", 1, 100
@@ -464,7 +468,7 @@ def read_npz(path):
 
 
 def fingerprint(*arrays):
-    """Their lengths, and a hash of at most 10 million values of each: other data, another text."""
+    """A text of their lengths, and of a hash of at most 10 million values of each."""
     digest = hashlib.sha256()
     for array in arrays:
         values = np.asarray(array).reshape(-1)
@@ -507,7 +511,7 @@ def download(name):
 # ---------------------------------------------------------------- the few-shot probe
 @torch.no_grad()
 def few_shot(model, batch, shots=10):
-    """Accuracy in % of ridge regression on a ViT's features, by the first `shots` of each class."""
+    """Accuracy in % of ridge regression on a ViT's features, fitted to `shots` of each class."""
     label = batch["label"]
     place = F.one_hot(label).cumsum(0).gather(1, label[:, None])[:, 0]  # in its class, from 1
     parts = []
@@ -538,7 +542,7 @@ def ridge_accuracy(support, query):
         residual = (targets - hat @ targets) / (1 - hat.diagonal()[:, None])
         errors[penalty] = float(residual.square().sum())
     best = min(errors, key=errors.get)
-    scores = z @ (x.T @ (vector / (value + best) @ (vector.T @ targets)))
+    scores = z @ (x.T @ ((vector / (value + best)) @ (vector.T @ targets)))
     return (scores.argmax(1) == truth).double().mean().item()
 
 

@@ -26,10 +26,11 @@ slots each (capacity_factor=2). The gates, softmax(logits), are
 Words, the same in every file:
     gate      the layer that makes logits [G, T, E] from tokens
     gates     softmax(logits), unless a router says otherwise
-    plan      gates or logits changed so that every expert receives about the same total weight
-    scores    what decides who goes where; weights: what weighs the outputs; mostly both are gates
+    plan      gates rebalanced so that every expert receives about the same total weight
+    scores    decide who goes where; weights multiply the outputs; mostly both are the gates
     wants     True where a token wants an expert; seats: True where it got a slot of that expert
-    load      each expert's share of all wants, before any token is turned away
+    load      each expert's share of all wants, before any token is turned away; where experts
+              choose it is 1/E
     dropped   a token that no expert serves
     dropless  C is as large as the fullest expert needs, so that no token is turned away
 
@@ -37,7 +38,7 @@ Six routers are those of arXiv 2401.15969, Routers in Vision Mixture of Experts:
 Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, Soft. "As published" is its code,
 google-research/vmoe at commit 942a78b; "Differs:" says where we depart from paper or code.
 
-Read up to the first "Later"; what follows varies it. To add a router, subclass one, return a
+Read up to the first "Later"; the rest is variations. To add a router, subclass one, return a
 HardRouting or a Routing, and add it to ROUTERS. Not here: experts on several machines, padding.
 """
 
@@ -66,18 +67,17 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x, key=None, routing=None):
-        """x [G, T, D], for hash key [G, T] -> y like x, and its Routing: the given one, if any.
+        """x [G, T, D], for hash key [G, T] -> y like x, and its Routing (`routing`, if given).
 
-        With one given, x may be [G, T, n*D]: a sequence of n vectors that is routed as one token.
+        With a routing given, x may be [G, T, n*D]: n vectors that are routed together.
         """
         if routing is None:
             routing = self.router(x, key)
-        if routing.filled is not None and isinstance(self.experts, Experts):
-            # Dropless, train.py's default where tokens choose: the same y, without empty slots.
-            y = run_filled(routing, x, self.experts)
-        else:
+        if routing.filled is None or not isinstance(self.experts, Experts):
             slots = routing.dispatch(x)  # [G, E, C, D]
             y = routing.combine(self.experts(slots))  # [G, T, D]
+        else:  # dropless: the same y, without computing empty slots
+            y = run_filled(routing, x, self.experts)
         if self.shared is not None:
             tokens = x.unflatten(-1, (-1, self.router.dim))  # [G, T, n, D], mostly n = 1
             y = y + self.shared(tokens).flatten(-2)
@@ -89,7 +89,7 @@ class Routing:
 
     expert_weights     [G, T, E], what each expert's output weighs for each token
     slots_per_token    [G, T], in how many slots each sits; 0: it is dropped. Soft: in all of them
-    tokens_per_expert  [E], the weight that each expert has; of a HardRouting, how many want it
+    tokens_per_expert  [E], how many tokens want each expert; in Soft MoE, its total weight
     load               [E], each expert's share of that
     notes              logits and gates (rows sum to 1): losses_of() and statistics read them
     """
@@ -98,7 +98,7 @@ class Routing:
     filled = None  # of a dropless HardRouting: how many slots each expert fills
 
     def __init__(self, dispatch, combine, router=None, **notes):
-        vars(self).update(notes, router=router)
+        vars(self).update(notes, router=router)  # routing.logits, routing.gates, ...
         self._dispatch, self._combine = dispatch, combine
         self.expert_weights = combine.sum(3)
         self.slots_per_token = (dispatch != 0).sum((2, 3))
@@ -128,7 +128,7 @@ class Routing:
 
 # ---------------------------------------------------------------- what all routers share
 BUDGET = dict(
-    top_k=1,  # K, choices of a token; where experts choose, it sets the budget: T*K*cf slots
+    top_k=1,  # K, choices of a token; where experts choose, it only sets C
     capacity_factor=1.0,  # cf, slots for each choice; None is dropless, where tokens choose
 )
 GATE = dict(
@@ -141,14 +141,14 @@ GATE = dict(
 class Router(nn.Module):
     """What all routers share. A subclass writes forward(x, key) -> Routing, and may say
 
-    chooses         who does: "tokens", "experts", a "threshold", or None
-    causal          True only if no later token changes which experts a token wants or, at the same
-                    C, whether it is seated. But C grows with T: a token dropped in a short text may
-                    find a slot in a longer one.
+    chooses         who chooses: "tokens" (it may be dropless), "experts", a "threshold", or None
+    causal          True only if, at the same C, no later token changes a token's experts. But C
+                    grows with T: a token dropped in a short text may find a slot in a longer one.
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
-    aux_losses      which of importance, balance, load and z its routings have; () without logits
-    train_defaults  the settings with which train.py trains it
+    aux_losses      the losses that it offers, of importance, balance, load and z. They read logits
+                    (importance, balance: gates too; load: noisy too), which must be notes.
+    train_defaults  train.py's settings for it, beside its options
     """
 
     chooses = "experts"
@@ -159,8 +159,8 @@ class Router(nn.Module):
     train_defaults = {}
 
     def __init_subclass__(cls):
-        own = vars(cls).get("defaults", {})
-        cls.defaults = super(cls, cls).defaults | own  # its parent's, and its own
+        of_parent = super(cls, cls).defaults
+        cls.defaults = BUDGET | GATE | of_parent | vars(cls).get("defaults", {})
         if not cls.gated:
             cls.defaults = {name: cls.defaults[name] for name in cls.defaults if name not in GATE}
 
@@ -175,7 +175,7 @@ class Router(nn.Module):
             self.gate = new_gate(dim, num_experts, self.options.gate)
             self.gate.requires_grad_(self.options.router_weights == "learned")
             if self.options.router_weights == "random":
-                self.random_gate = copy.deepcopy(self.gate)  # evaluation keeps self.gate
+                self.random_gate = copy.deepcopy(self.gate)
 
     def check_tokens(self, x):
         if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.dim:
@@ -185,13 +185,15 @@ class Router(nn.Module):
     def logits(self, x):
         """gate(x), without noise, in float32 at least: logits [G, T, E] of tokens x [G, T, D]."""
         self.check_tokens(x)
-        gate = self.gate
-        if self.training and self.random_gate is not None:
-            gate = self.random_gate
+        gate = self.gate_in_use()
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
-            weights = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
-            return torch.func.functional_call(gate, weights, x)
+            cast = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
+            return torch.func.functional_call(gate, cast, x)
+
+    def gate_in_use(self):
+        """The random gate in training, where there is one; else, and in evaluation, self.gate."""
+        return self.random_gate if self.training and self.random_gate is not None else self.gate
 
     def add_noise(self, logits):
         """In training, logits with noise of deviation noise_std / E; else the logits themselves."""
@@ -200,7 +202,10 @@ class Router(nn.Module):
         return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
 
     def scores_and_weights(self, logits, noisy):
-        """What decides and what weighs, both [G, T, E], from logits without and with noise."""
+        """What decides and what weighs, both [G, T, E]: here the noisy gates; or a plan decides.
+
+        logits are without noise. A bias, if there is one, is added to the scores later.
+        """
         gates = noisy.softmax(2)
         return gates, gates
 
@@ -213,7 +218,8 @@ class Router(nn.Module):
         if o.capacity_factor is None:
             return None
         wanted = margin * tokens * o.top_k * o.capacity_factor / self.num_experts
-        return max(1, math.ceil(min(tokens, round(wanted, 9))))  # 100 * 1.1 / 10 > 11 in floats
+        # Rounded to nine digits: 100 * 1.1 / 10 is 11.000000000000002.
+        return max(1, math.ceil(min(tokens, round(wanted, 9))))
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -227,7 +233,7 @@ class TokenChoice(Router):
     """Each token goes to the K experts with its largest gates, if they have a slot left.
 
         wants[g,t,e]      = gates[g,t,e] is one of the K largest of gates[g,t]
-        dispatch[g,t,e,c] = 1 if t wants e, and is the c-th of the first C in line to get a seat
+        dispatch[g,t,e,c] = 1 if t wants e, and is the c-th in line for it; c < C
         combine[g,t,e,c]  = dispatch[g,t,e,c] * gates[g,t,e]
 
     V-MoE 2106.05974, section 2; Switch 2101.03961.
@@ -237,7 +243,7 @@ class TokenChoice(Router):
     causal = True  # with some options it is not: see __init__
     defaults = dict(
         # The line: "token", by position; "choice", all first choices, then all second (GShard);
-        # "gate", as "choice", the tokens with the largest score first (V-MoE, section 4).
+        # "gate", as "choice", but by a token's largest score (V-MoE, section 4).
         priority="token",
         renormalize=False,  # K >= 2: divide a token's K weights by their sum
         bias_rate=0.0,  # > 0: experts are chosen by score + bias, which update() moves
@@ -250,6 +256,7 @@ class TokenChoice(Router):
         super().__init__(dim, num_experts, **options)
         o = self.options
         by_position = o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
+        # With a limit, and a line that is not by position, a later token may take the last slot.
         self.causal = self.causal and (by_position or o.capacity_factor is None)
         if o.bias_rate:
             self.register_buffer("bias", torch.zeros(num_experts))
@@ -258,24 +265,20 @@ class TokenChoice(Router):
         o, C = self.options, self.capacity(x.shape[1])
         logits = self.logits(x)  # [G, T, E], as all that follow
         noisy = self.add_noise(logits)
-        scores, weights = self.scores_and_weights(logits, noisy)  # both are the gates
-        biased = scores
-        if o.bias_rate:
-            biased = scores + self.bias
+        scores, weights = self.scores_and_weights(logits, noisy)  # both are softmax(noisy)
+        biased = scores + self.bias if o.bias_rate else scores
         wants = largest(biased, o.top_k, dim=2)
         if o.renormalize and o.top_k > 1:
             total = (weights * wants).sum(2, keepdim=True)
             weights = weights / total.clamp(min=1e-20)  # never 0 / 0
-        rank = None
-        if o.priority != "token":
-            rank = rank_in_line(o.priority, scores, biased)
+        rank = None if o.priority == "token" else rank_in_line(o.priority, scores, biased)
         seats = first_come(wants, C, rank)
         gates = self.gates(logits)  # without noise: losses and statistics read them
         notes = dict(logits=logits, noisy=noisy, gates=gates, scores=scores.detach())
         return HardRouting(self, seats, weights, C, wants=wants, **notes)
 
     def gates(self, logits):
-        """The gates [G, T, E] of logits [G, T, E]; each token's sum to 1."""
+        """What losses and statistics read, [G, T, E]: each token's sum to 1."""
         return logits.softmax(2)
 
     @torch.no_grad()
@@ -286,38 +289,39 @@ class TokenChoice(Router):
 
 
 def largest(scores, k, dim):
-    """True at the k largest along dim; of equals at the first (torch.topk promises no order)."""
-    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN: first, so it shows
+    """True at the k largest along dim. Of equal ones the first count; topk promises no order."""
+    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN wins, to reach y
     kth = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     above, equal = scores > kth, scores == kth
-    room = k - above.sum(dim, keepdim=True)
-    return above | (equal & (equal.cumsum(dim, dtype=torch.int32) <= room))
+    needed = k - above.sum(dim, keepdim=True)
+    return above | (equal & (equal.cumsum(dim, dtype=torch.int32) <= needed))
 
 
 def first_come(wants, capacity, rank=None):
-    """Of those that want an expert, the first `capacity` in line get a seat; None: all.
+    """Of the tokens that want an expert, the first `capacity` in line get a seat.
 
-    wants [G, T, E] -> seats [G, T, E]. rank [G, T, E]: the lowest is first; None: by position.
+    wants [G, T, E] -> seats [G, T, E]. The line is by rank [G, T, E], the lowest first, or by
+    position if that is None. If capacity is None, all get a seat.
     """
     if capacity is None:
         return wants
     if rank is None:
         in_line = wants.mT.contiguous().cumsum(2, dtype=torch.int32).mT  # 1 for the first
-        return wants & (in_line <= capacity)
-    behind_all = wants.numel()  # the rank of a token for an expert that it does not want
-    first = torch.where(wants, rank, behind_all).argsort(dim=1, stable=True)[:, :capacity]
-    return torch.zeros_like(wants).scatter(1, first, wants.gather(1, first))
+    else:
+        order = torch.where(wants, rank, wants.numel()).argsort(dim=1, stable=True)
+        in_line = order.argsort(dim=1) + 1
+    return wants & (in_line <= capacity)
 
 
 class HardRouting(Routing):
-    """A Routing with at most one token in a slot. Two tensors [G, T, E] say it all:
+    """A Routing with at most one token in a slot, so that two tensors [G, T, E] define it:
 
         seats    who has a seat               dispatch[g,t,e,c] = 1 if t is the c-th seated at e
         weights  what e's output weighs       combine[g,t,e,c]  = dispatch[g,t,e,c] * weights[g,t,e]
 
     The two equations become a gather and a scatter-add, for speed. wants [G, T, E]: who wanted a
-    seat; None: seats. capacity: C; None: as large as needed, and then `filled` lists how many slots
-    each expert fills in all groups.
+    seat, by default those who got one. If capacity is None, C is what the fullest expert needs, and
+    filled[e] is how many slots expert e fills in all groups.
     """
 
     def __init__(self, router, seats, weights, capacity, wants=None, **notes):
@@ -328,7 +332,7 @@ class HardRouting(Routing):
         self.slots_per_token = seats.sum(2)
         self.tokens_per_expert = self.wants.sum((0, 1))
         if capacity is None and torch.compiler.is_compiling():
-            self.capacity = seats.shape[1]  # a compiled graph knows no loads: room for every token
+            self.capacity = seats.shape[1]  # under torch.compile no load is known: C = T
         elif capacity is None:
             seated = seats.sum(1).cpu()  # [G, E]; waits for the device
             self.capacity = max([1, *seated.flatten().tolist()])
@@ -344,14 +348,14 @@ class HardRouting(Routing):
     def rows(self):
         """Which row of x [G * (T + 1), D] each slot holds, [E, G * C]: expert after expert.
 
-        Each group has one row more than tokens. An empty slot reads zeros there, and writes there.
+        Each group ends in a row of zeros, which empty slots read and write.
         """
         if self._rows is not None:
             return self._rows
         G, T, E = self.seats.shape
         seated = self.seats.mT.contiguous().cumsum(2, dtype=torch.int32)  # [G, E, T]
         nth = torch.arange(1, self.capacity + 1, dtype=torch.int32, device=seated.device)
-        token = torch.searchsorted(seated, nth.repeat(G, E, 1))  # the first with so many up to it
+        token = torch.searchsorted(seated, nth.repeat(G, E, 1))  # where the count reaches n; or T
         group = torch.arange(G, device=seated.device)[:, None, None]
         self._rows = (group * (T + 1) + token).transpose(0, 1).flatten(1)
         return self._rows
@@ -364,7 +368,7 @@ class HardRouting(Routing):
 
     def combine(self, y):
         (G, T, _), rows = self.seats.shape, self.rows()
-        weights = F.pad(self.weights, (0, 0, 0, 1)).flatten(0, 1).T.gather(1, rows)
+        weights = F.pad(self.weights, (0, 0, 0, 1)).flatten(0, 1).T.gather(1, rows)  # [E, G * C]
         weighted = y.transpose(0, 1).flatten(0, 2) * weights.flatten()[:, None].to(y.dtype)
         sums = y.new_zeros(G * (T + 1), y.shape[3]).index_add_(0, rows.flatten(), weighted)
         return sums.unflatten(0, (G, T + 1))[:, :-1]
@@ -385,7 +389,7 @@ class ExpertChoice(Router):
         C = self.capacity(x.shape[1])
         logits = self.logits(x)  # [G, T, E], as all that follow
         noisy = self.add_noise(logits)
-        scores, weights = self.scores_and_weights(logits, noisy)  # both are the gates
+        scores, weights = self.scores_and_weights(logits, noisy)  # both are softmax(noisy)
         seats = largest(scores, C, dim=1)
         return HardRouting(self, seats, weights, C, logits=logits, gates=logits.softmax(2))
 
@@ -398,8 +402,8 @@ class Soft(Router):
         dispatch = softmax of logits over t,   combine = softmax of logits over all (e, c)
 
     phi [D, E, C] has a direction for each slot; scale is learned and sharpens all mixes. From 1, as
-    published, mixes are almost uniform at first; for a short training 10 is better. C, fixed when
-    it is built, is the option slots, or round(T*K*cf / E) with T = tokens. Never causal.
+    published, mixes are almost uniform at first; for a short training 10 is better. C is fixed when
+    it is built: the option slots, or round(tokens * K * cf / E). Never causal.
     """
 
     chooses = None
@@ -431,7 +435,7 @@ class Soft(Router):
 
 
 def unit_length(z, dim):
-    """z with a length of about 1 along dim (1e-6 under the root)."""
+    """z with a length of about 1 along dim."""
     return z * (z.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
 
 
@@ -439,9 +443,9 @@ def unit_length(z, dim):
 class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked: one batched product a layer.
 
-    For other experts set `names`, the weights that expert() takes in its order (weight decay spares
-    those in b...), and write expert() and make_weights(). A function that initializes every
-    nn.Linear skips these weights.
+    For other experts, make_weights() sets parameters [E, ...], `names` lists them in the order in
+    which expert() takes them, and those whose names begin with b get no weight decay. They are not
+    nn.Linear: a function that initializes those misses them.
     """
 
     names = ("w1", "b1", "w2", "b2")
@@ -458,7 +462,7 @@ class Experts(nn.Module):
         self.b2 = stacked(num_experts, 1, dim, fan_in=hidden)
 
     def expert(self, z, w1, b1, w2, b2):
-        """What each expert computes of its N vectors, z [E, N, D]; E is 1 for one expert alone."""
+        """z [E, N, D] -> the same: expert e on its N vectors. Also for one expert, where E is 1."""
         return torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
 
     def forward(self, slots, filled=None):
@@ -466,7 +470,7 @@ class Experts(nn.Module):
 
         With filled given, slots [N, D] -> the same: the first filled[0] of them are expert 0's.
         """
-        weights = [getattr(self, name) for name in self.names]  # as pruning or LoRA leave them
+        weights = [getattr(self, name) for name in self.names]  # pruning or LoRA may replace them
         if filled is not None:
             return one_by_one(self, slots, filled, weights)
         z = slots.transpose(0, 1)  # [E, G, C, D]
@@ -485,17 +489,15 @@ PLAN = dict(iterations=20, combine_weights="softmax")  # or "plan": it decides a
 
 
 class SinkhornTokenChoice(TokenChoice):
-    """Tokens choose by a Sinkhorn plan of the noisy logits (S-BASE, 2202.01169).
-
-    As published, the gates that weigh are without noise. Never causal.
-    """
+    """Tokens choose by a Sinkhorn plan of the noisy logits (S-BASE, 2202.01169). Never causal."""
 
     causal = False  # a plan balances over all tokens
     defaults = PLAN
     train_defaults = dict(capacity_factor=None)
 
     def scores_and_weights(self, logits, noisy):
-        return by_plan(self.options, sinkhorn_plan, noisy, gates=logits.softmax(2))
+        gates = logits.softmax(2)  # as published: without noise
+        return by_plan(self.options, sinkhorn_plan, noisy, gates)
 
 
 class SinkhornExpertChoice(ExpertChoice):
@@ -511,7 +513,7 @@ class SparseTokenChoice(SinkhornTokenChoice):
     """Tokens choose by a plan with at most K experts a token (2209.15466).
 
     If a token's plan has fewer than K non-zeros, the lowest-numbered other experts fill up. At K =
-    1 it is 1 at a single expert: with combine_weights="plan" the router gets no gradient.
+    1 the plan is one-hot: with combine_weights="plan" the router gets no gradient.
     """
 
     def scores_and_weights(self, logits, noisy):
@@ -546,9 +548,9 @@ def sinkhorn_plan(logits, iterations=20):
 
         argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
 
-    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1. Columns sum to nearly T/E while
-    a token's logits differ by a few units; if by a hundred, some are off by half or more. Differs:
-    in the log domain, so that no logit overflows; autograd runs through every iteration.
+    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1. Columns sum to nearly T/E if a
+    token's logits differ by a few units; at a hundred some are off by half. Differs: in the log
+    domain, so that no logit overflows; autograd runs through every iteration.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -564,10 +566,9 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
         argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
     gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. alpha is a
-    bonus of each row: with all fixed, the best column is a projection. Adam raises it where a row
-    gets too little, `iterations` times or until a group's rows are off by at most 1e-3, as a norm.
-    Columns are exact, rows stay off. Differs: the last projection passes a gradient; published:
-    none.
+    bonus of each row: given it, each column is a projection. Adam raises it where a row gets too
+    little, `iterations` times or until a group's rows are off by at most 1e-3, as a norm. Columns
+    are exact, rows approximate. Differs: a gradient passes the last projection.
     """
     G, T, E = gates.shape
     column_sum = T / E if column_sum is None else column_sum
@@ -594,8 +595,8 @@ def project(z, k):
     k = min(k, z.shape[1])
     values = z.topk(k, dim=1).values  # [G, k, E], falling
     count = torch.arange(1, k + 1, device=z.device, dtype=z.dtype)[:, None]
-    threshold = (values.cumsum(1) - 1) / count  # if so many stay above 0
-    # No support at all: z is not finite, or so large that z - 1 is z.
+    threshold = (values.cumsum(1) - 1) / count  # if just `count` entries stay
+    # Clamped: none stays if z is not finite, or so large that z - 1 is z.
     support = (values > threshold).sum(1, keepdim=True).clamp(min=1)
     return (z - threshold.gather(1, support - 1)).clamp(min=0) * largest(z, k, dim=1)
 
@@ -612,7 +613,7 @@ class Sigmoid(TokenChoice):
     train_defaults = dict(capacity_factor=None, balance="bias")
 
     def gates(self, logits):
-        return F.logsigmoid(logits).softmax(2)  # s / sum s, also where every s underflows
+        return F.logsigmoid(logits).softmax(2)  # s / sum s; by logarithms, so never 0 / 0
 
     def scores_and_weights(self, logits, noisy):
         s = noisy.sigmoid()
@@ -622,15 +623,15 @@ class Sigmoid(TokenChoice):
 class Hash(Router):
     """A fixed table sends a key (token id, patch position) to an expert (Hash Layers, 2106.04426).
 
-    The table is random and balanced: each run of E keys uses every expert once. It gives expert e;
-    e + 1 to e + K - 1, modulo E, are the further choices. Keys beyond the table start again;
-    without keys a token's position is its key. Each expert weighs 1/K; or, as in the first layers
-    of DeepSeek-V4, a learned gate weighs: the softmax over the K chosen.
+    The table is random and balanced: each run of E keys uses every expert once. A token goes to its
+    entry e and, if K > 1, to e + 1 ... e + K - 1, modulo E. Keys beyond the table start again;
+    without keys a token's position is its key. Weights are 1/K; or, as in the first layers of
+    DeepSeek-V4, a learned gate's softmax over the K chosen.
     """
 
     chooses = "tokens"
     causal = True
-    gated = False
+    gated = False  # it has none of the options in GATE
     defaults = dict(num_keys=None, hash_weights="equal")  # None: 4096, on text all token ids
     aux_losses = ()
     train_defaults = dict(capacity_factor=None)
@@ -654,9 +655,9 @@ class Hash(Router):
         if key.shape != (G, T):
             raise ValueError(f"key must be [G, T] = {[G, T]}, got {list(key.shape)}")
         first = self.table[key.long() % len(self.table)]  # [G, T]
-        # How many experts after the first each one is, [G, T, E]: the first itself is 0.
-        after = (torch.arange(E, device=x.device) - first[..., None]) % E
-        wants = after < self.options.top_k
+        choices = first[..., None] + torch.arange(self.options.top_k, device=x.device)  # [G, T, K]
+        wants = torch.zeros(G, T, E, dtype=torch.bool, device=x.device)
+        wants.scatter_(2, choices % E, True)
         weights = at_least_float32(x).new_full(wants.shape, 1 / self.options.top_k)
         if self.options.hash_weights == "learned":
             weights = self.logits(x).masked_fill(~wants, -math.inf).softmax(2)
@@ -681,7 +682,7 @@ class ExpertThreshold(Router):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, x, key=None):
-        C = self.capacity(x.shape[1], margin=2)  # how many pass is known on average alone
+        C = self.capacity(x.shape[1], margin=2)  # only the mean number that pass is known
         logits = self.logits(x)
         noisy = self.add_noise(logits)
         gates = noisy.softmax(2)
@@ -729,21 +730,21 @@ def rank_in_line(priority, scores, biased):
     place = torch.arange(T, device=scores.device)[:, None]
     if priority == "gate":  # the surest token first
         place = scores.amax(2, keepdim=True).argsort(dim=1, **falling).argsort(dim=1)
-    choice = biased.argsort(dim=2, **falling).argsort(dim=2)  # 0 is a token's first
+    choice = biased.argsort(dim=2, **falling).argsort(dim=2)  # sorted twice, a rank: 0 is first
     return choice * T + place
 
 
 def move_bias(router, routings):
     """After a step: raise the bias [E] of experts that too few tokens want, lower that of others.
 
-    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): a token chooses e if its score
-    plus bias beats its (K+1)-th best, its bar. Lower the bias of an expert that too many want by
-    its (q+1)-th largest margin, and q still want it, the even share; the others approach it over
-    steps.
+    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): a token's bar is its (K+1)-th
+    largest score plus bias, and an expert's margin there is by how much it beats the bar. The bias
+    moves by bias_rate times its (q+1)-th largest margin, downwards: at rate 1, and if the others
+    stood still, exactly q tokens, the even share, would then want it.
     """
     o, bias, E = router.options, router.bias, router.num_experts
     if o.bias_update == "sign":
-        # Whole numbers: so the sign is the same, however many processes share the batch.
+        # Whole numbers have an exact sign, however many processes share the batch.
         counts = torch.stack([routing.tokens_per_expert for routing in routings])
         wanted = gather_processes(counts).sum(0)
         bias += o.bias_rate * (wanted.sum() - E * wanted).sign().to(bias)
@@ -761,10 +762,11 @@ def move_bias(router, routings):
 def run_filled(routing, x, experts):
     """combine(experts(dispatch(x))) of a dropless routing, whose slots are mostly empty.
 
-    x [G, T, D] -> y [G, T, D]. How many slots are filled is known: nothing waits for the device.
+    x [G, T, D] -> y [G, T, D]. The number of filled slots is known: nothing waits for the device.
     """
     seats, weights = routing.seats.permute(2, 0, 1), routing.weights.permute(2, 0, 1)  # [E, G, T]
-    place = seats.flatten().nonzero_static(size=sum(routing.filled)).flatten()  # by expert
+    # Where in seats a True stands, expert after expert; then which row of x [G * T, D] that is.
+    place = seats.flatten().nonzero_static(size=sum(routing.filled)).flatten()
     row = place % (x.shape[0] * x.shape[1])
     x = x.flatten(0, 1)
     y = experts(x.index_select(0, row), routing.filled)  # [N, D]
@@ -773,7 +775,7 @@ def run_filled(routing, x, experts):
 
 
 def one_by_one(experts, slots, filled, weights):
-    """One expert after the other on its own slots, of slots [N, D] the next filled[e]."""
+    """Expert e on the next filled[e] rows of slots [N, D], one expert after the other."""
     device = slots.device.type
     if torch.is_autocast_enabled(device):  # cast once, not each expert's part
         half = torch.get_autocast_dtype(device)
@@ -815,11 +817,11 @@ def importance_loss(logits, gates=None):
 
 
 def load_loss(logits, noisy_logits, top_k, noise_std):
-    """Squared coefficient of variation of the experts' chances, were the noise drawn again.
+    """Squared coefficient of variation of the experts' chances, averaged over tokens.
 
-    A chance: to be among a token's K (V-MoE, app. A), whatever bias or plan. logits without noise,
-    noisy_logits with normal noise of deviation noise_std, both [G, T, E]. Differs from 1701.06538,
-    as the published code does: the threshold is the K-th noisy logit of all experts.
+    A chance: to be among a token's K largest noisy logits under fresh noise (V-MoE, app. A). logits
+    without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]. Differs
+    from 1701.06538, as published: the threshold is the K-th noisy logit of all experts.
     """
     threshold = noisy_logits.topk(top_k).values[..., -1:]  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
@@ -853,7 +855,10 @@ CHOICES = {
 
 
 def check_options(router, overrides):
-    """ValueError for an unknown option, or a value against the rule that its default implies."""
+    """ValueError for an unknown option, or a value of the wrong type or range.
+
+    The default tells which: numbers are at least 0, whole ones 1. A default itself always passes.
+    """
     unknown = [name for name in overrides if name not in router.defaults]
     if unknown:
         has = f"it has {', '.join(router.defaults)}"
@@ -861,8 +866,11 @@ def check_options(router, overrides):
     o, E = router.options, router.num_experts
     values = dict(dim=router.dim, num_experts=E, tokens=router.tokens) | vars(o)
     for name, value in values.items():
-        kind = type(router.defaults.get(name, 1))
-        if value is None and name in ("tokens", "slots", "num_keys", "capacity_factor"):
+        default = router.defaults.get(name, 1)  # dim, num_experts and tokens are whole numbers
+        kind = type(default)
+        if type(value) is kind and value == default:
+            continue
+        if value is None and name in ("tokens", "capacity_factor"):
             continue
         rule, good = "", True
         if name in CHOICES:
@@ -870,7 +878,8 @@ def check_options(router, overrides):
         elif kind is bool:
             rule, good = "True or False", isinstance(value, bool)
         elif kind is int or name in ("slots", "num_keys"):
-            rule, good = "a whole number >= 1", isinstance(value, numbers.Integral) and value >= 1
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            rule, good = "a whole number >= 1", whole and value >= 1
         elif kind is float:
             rule, least = "a number >= 0", 0.0
             if name == "capacity_factor":
@@ -896,7 +905,7 @@ def new_gate(dim, num_experts, kind="linear"):
 
 @torch.no_grad()
 def redraw(gate, generator=None):
-    """Fresh weights of deviation dim^-1/2, so that logits have the variance of the tokens."""
+    """Fresh weights of deviation dim^-1/2: a linear gate's logits vary as tokens do."""
     for weight in gate.parameters():
         fresh = torch.empty(weight.shape, dtype=weight.dtype)  # on the CPU: all devices start alike
         fresh.normal_(0, weight.shape[1] ** -0.5, generator=generator)
@@ -911,7 +920,7 @@ def at_least_float32(z):
 
 
 def draw_noise(logits):
-    """Standard normal noise. Of many processes, each draws the whole batch's and takes its part."""
+    """Standard normal noise. Each process draws that of the whole batch, and keeps its part."""
     if not dist.is_initialized():
         return torch.randn_like(logits)
     whole = logits.new_empty(dist.get_world_size() * len(logits), *logits.shape[1:])

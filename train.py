@@ -13,8 +13,8 @@ marked "Later" may wait. Words are explained in routers.py. Every random draw ha
 (seed, step, "noise"), so a resumed run is the same run, with no random state to keep. Of many
 processes, each draws the whole batch's random numbers and uses its own rows.
 
-An error in making settings, data or model, and a full disk, is one line, status 2. A loss that is
-not finite is one line, status 1. The rest is a bug: a traceback.
+What fails while settings, data and model are made, and a full disk: one line, status 2. A loss
+that is not finite: one line, status 1. Any other error is a bug, with its traceback.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import math
 import os
 import pathlib
 import platform
-import re
 import signal
 import sys
 import time
@@ -90,7 +89,7 @@ def anything(word):
     return word
 
 
-# name: (type, default, what it is). A type is bool, a tuple of choices, or what reads a word. Whole
+# name: (type, default, help). A type is bool, a tuple of choices, or a function of a word. Whole
 # numbers are at least 1 (seed and shared: 0), other numbers at least 0. None: as the size says.
 SETTINGS = {
     "task": (tuple(TASKS), "vision", "what to learn from: images or text"),
@@ -101,7 +100,7 @@ SETTINGS = {
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
     "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
     "compile": (bool, False, "torch.compile the model, without graph breaks"),
-    "out": (str, None, "run folder; by default a fresh runs/TASK-ROUTER-TIME"),
+    "out": (str, None, "folder; by default a fresh one below runs, or of a grid runs/grid-TASK"),
     "log_every": (int, 10, "steps between lines of metrics.jsonl"),
     "save_every": (float, 5.0, "minutes between checkpoints; 0: one after every step"),
     "steps": (int, None, "optimizer steps"),
@@ -137,7 +136,7 @@ OPTION_HELP = {
     "slots": "of each expert; none: by top_k and capacity_factor",
     "scale": "where the learned scale starts; 10 is better for a short training",
 }
-OPTIONS = {}  # as SETTINGS. A router that is added to ROUTERS brings its own, with their defaults.
+OPTIONS = {}  # as SETTINGS, built from ROUTERS: so the options of a new router become flags
 OPTION_TYPES = {float: number_or_none, type(None): anything}  # by the type of a default
 for kind in ROUTERS.values():
     for name, default in kind.defaults.items():
@@ -150,7 +149,7 @@ ACTIONS = {
     "bench": (bool, False, "time one MoE layer of every router (or of --router), then stop"),
 }
 RESUMED = ("resume", "steps", "device", "log_every", "save_every")  # what --resume may change
-FREE = ("device", "out", "log_every", "save_every")  # they change no result
+FREE = ("device", "out", "log_every", "save_every")  # they change no result, but for rounding
 
 
 def defaults(table):
@@ -174,13 +173,13 @@ def run(overrides, folder):
         record.begin(overrides, data)
     print(f"{settings.task}, router {settings.title}, {data.description}; {device.type}")
 
-    trained = wrap(settings, model)
+    wrapped = wrap(settings, model)
     batch = data.batch(step, part=parts_of_batch(settings)[0])
     stop = False
     bar = tqdm(total=settings.steps, initial=step, desc=settings.title, dynamic_ncols=True)
     with signals() as caught, bar:
         while step < settings.steps and not stop:
-            stepped = train_step(settings, data, trained, optimizer, step, batch)
+            stepped = train_step(settings, data, wrapped, optimizer, step, batch)
             step, batch = step + 1, stepped.next_batch
             bar.update()
             if is_logged(settings, step):
@@ -189,7 +188,9 @@ def run(overrides, folder):
                 record.log(step, line | {"blocks": stats})
                 worst = max((block["load_max"] for block in stats.values()), default=1)
                 bar.set_postfix(loss=f"{line['loss']:.3g}", load_max=f"{worst:.2f}")
-            asked = total({"stop": len(caught), "save": record.due()}, device)  # by any process
+            asked = sum_processes(
+                {"stop": len(caught), "save": record.due()}, device
+            )  # by any process
             stop = asked["stop"] > 0
             if stop or asked["save"] or step == settings.steps:
                 check_sound(data, model, step)
@@ -210,7 +211,7 @@ def run(overrides, folder):
 # ---------------------------------------------------------------- what `run` calls, in that order
 @contextmanager
 def mistakes(kinds=Exception):
-    """Inside, an error of these kinds is for the user to mend: one line and status 2."""
+    """An error of these kinds inside becomes one line and status 2."""
     try:
         yield
     except kinds as error:
@@ -220,7 +221,7 @@ def mistakes(kinds=Exception):
 
 
 def resolve(overrides):
-    """Every setting of a run, from its overrides of defaults; ValueError where they clash."""
+    """Defaults, then overrides, then what follows from both; ValueError where they clash."""
     s = SimpleNamespace(**(defaults_of(overrides) | overrides))
     if s.dim % s.heads:
         raise ValueError(f"--heads must divide --dim, got --heads {s.heads} and --dim {s.dim}")
@@ -232,7 +233,7 @@ def resolve(overrides):
     reset_idle(s)
     router = None
     if s.router != "dense":
-        with torch.device("meta"):  # no memory is taken: the task only asks what it is
+        with torch.device("meta"):  # takes no memory: tasks only ask who chooses, and if causal
             router = make_router(s)
     elif s.dense_match == "active":
         s.width = s.hidden * (s.top_k + s.shared)
@@ -285,14 +286,14 @@ def resolve_balance(s, overrides):
 
 
 def reset_idle(s):
-    """Reset what has no effect beside the others, so that runs that differ only in it are one."""
-    learned = [getattr(s, name, "learned") for name in ("router_weights", "hash_weights")]
+    """Reset settings without effect beside the others, so that equal runs get equal codes."""
+    weights = {getattr(s, name, "learned") for name in ("router_weights", "hash_weights")}
     idle = {
         "priority": getattr(s, "capacity_factor", 1) is None,  # dropless, all get a slot
         "capacity_factor": getattr(s, "slots", None) is not None,
         "balance_weight": not BALANCE[getattr(s, "balance", "none")],
         "bias_update": not getattr(s, "bias_rate", 0),
-        "router_lr": set(learned) != {"learned"},
+        "router_lr": weights != {"learned"},  # no gate learns
     }
     for name, default in defaults_of({"task": s.task, "router": s.router}).items():
         if idle.get(name):
@@ -349,7 +350,7 @@ def make_optimizer(settings, model):
         group, own_name = weights, name.split(".")[-1]
         if ".router." in name:
             group = gates
-        elif parameter.ndim < 2 or own_name == "position" or own_name[0] == "b":  # experts' b1, b2
+        elif parameter.ndim < 2 or own_name == "position" or own_name[0] == "b":  # as Experts says
             group = bare
         if parameter.requires_grad:
             group["params"].append(parameter)
@@ -372,8 +373,8 @@ def train_step(settings, data, model, optimizer, step, batch):
     for i, part in enumerate(parts):
         if i:
             batch = data.batch(step, part=part)
-        more = i + 1 < len(parts) and hasattr(model, "no_sync")  # gradients are summed at the last
-        with precision(settings, data.device), model.no_sync() if more else nullcontext():
+        waits = i + 1 < len(parts) and hasattr(model, "no_sync")  # processes sum at the last part
+        with precision(settings, data.device), model.no_sync() if waits else nullcontext():
             loss, counts, routings = data.loss(model, batch)
             objective, of_routers = loss, {}
             for routing in dict.fromkeys(routings.values()):  # blocks may share one: it counts once
@@ -388,8 +389,8 @@ def train_step(settings, data, model, optimizer, step, batch):
         if is_logged(settings, step + 1):
             add(of_blocks, block_sums(routings))
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    sums, of_blocks = total(sums, data.device), total(of_blocks, data.device)
-    losses = total(losses, data.device, divisor=processes()[1]) | {"grad_norm": norm}
+    sums, of_blocks = sum_processes(sums, data.device), sum_processes(of_blocks, data.device)
+    losses = sum_processes(losses, data.device, divisor=processes()[1]) | {"grad_norm": norm}
     next_batch = data.batch(step + 1, part=parts[0])  # made while a GPU still works
     if not torch.isfinite(norm + sums["loss"]):  # waits for the GPU
         found = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
@@ -405,7 +406,7 @@ def train_step(settings, data, model, optimizer, step, batch):
 def learning_rate(settings, step):
     warm = max(1, round(WARMUP * settings.steps))
     if step < warm:
-        return settings.lr * min(1, (step + 1) / warm)
+        return settings.lr * (step + 1) / warm
     done = (step - warm) / max(1, settings.steps - warm)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -429,9 +430,9 @@ def to_floats(values):
 
 
 def block_sums(routings):
-    """{block: [E + 3]}, which add up over the parts of a batch, over batches, and over processes.
+    """{block: [E + 3]}, sums that may be added over parts of a batch, batches and processes.
 
-    How many tokens want each expert; how many tokens there are, and are dropped; their entropies.
+    The tokens that want each expert, then all tokens, dropped tokens, and the sum of entropies.
     """
     sums = {}
     for block, routing in routings.items():
@@ -446,7 +447,7 @@ def block_sums(routings):
 
 
 def block_stats(sums):
-    """How well each block's router works, {block: {stat: number}}, of what block_sums() gave.
+    """How well each block's router works, {block: {stat: number}}, from block_sums().
 
     load_max: E * max_e n_e / sum_e n_e, the largest load over the mean, where n_e tokens want
     expert e; 1 is even. dead: experts that none wants. dropped: share of tokens that no expert
@@ -478,9 +479,10 @@ def conclude(settings, data, model, seconds):
     summary["gflops"] = measure_flops(data, model)
     for split in data.splits:
         summary[split] = evaluate(settings, data, model, split)
+    last = data.splits[-1]
     with dropless(model) as differs:
         if differs:
-            summary[f"{split}_dropless"] = evaluate(settings, data, model, split)
+            summary[f"{last}_dropless"] = evaluate(settings, data, model, last)
     count = sum(p.numel() for p in model.parameters())
     summary["parameters"] = count
     summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
@@ -493,8 +495,9 @@ def conclude(settings, data, model, seconds):
 @torch.no_grad()
 def measure_flops(data, model):
     """GFLOPs of one example's forward."""
-    batch = next(iter(data.split(data.splits[0])))
+    batch = next(iter(data.batches(data.splits[0])))
     one = {name: value[:1] for name, value in batch.items()}
+    # The counter knows matrix products, not every fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         data.loss(model, one)
     return counter.get_total_flops() / 1e9
@@ -502,10 +505,12 @@ def measure_flops(data, model):
 
 @torch.no_grad()
 def evaluate(settings, data, model, split):
-    """Metrics over a whole split, without noise and the routers' losses; and the blocks' stats."""
+    """Metrics and block stats of a whole split: without noise, cross-entropy alone."""
     model.eval()
     sums, of_blocks = {}, {}
-    for batch in tqdm(data.split(split), f"evaluating on {split}", leave=False, dynamic_ncols=True):
+    for batch in tqdm(
+        data.batches(split), f"evaluating on {split}", leave=False, dynamic_ncols=True
+    ):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
         add(sums, to_floats(counts | {"loss": loss * counts["count"]}))
@@ -525,15 +530,16 @@ def dropless(model):
             factor = router.options.capacity_factor
             if factor is not None:
                 limited[router] = factor
-                everything = None if router.chooses == "tokens" else float(router.num_experts)
-                router.options.capacity_factor = everything
+                # cf = E is room for every token, for thresholds, which know no None.
+                ample = None if router.chooses == "tokens" else float(router.num_experts)
+                router.options.capacity_factor = ample
     yield bool(limited)
     for router, factor in limited.items():
         router.options.capacity_factor = factor
 
 
 def idle_parameters(model, tokens):
-    """How many parameters do not work on a token: an expert works on its share of `tokens`."""
+    """Parameters that an average token does not meet: those of experts that do not serve it."""
     idle = 0.0
     for moe in model.modules():
         if isinstance(moe, MoE):
@@ -548,11 +554,11 @@ def idle_parameters(model, tokens):
 
 
 def summary_text(summary, data, contingency):
-    """What is printed of a run: its row, what its experts know, what the data notes of them."""
+    """What a run prints: its row, how much its experts know of labels, the data's notes."""
     rows = []
     for block, labels in summary["specialization"].items():
         for label, values in labels.items():
-            heads = "NMI", "by chance", "95 % of chance"
+            heads = "NMI", "by chance, mean", "by chance, 95 %"
             texts = {head: f"{value:.3f}" for head, value in zip(heads, values)}
             rows.append({"block": str(block), "experts know of": label} | texts)
     line = {"router": summary["router"]} | row([summary["cells"]])
@@ -562,7 +568,7 @@ def summary_text(summary, data, contingency):
 
 # ================================================================ Later: the table
 def cells(summary, data):
-    """The columns of one run: {name: number, list of one number a block, or None}."""
+    """The row of one run: {column: number, a list of one number for each block, or None}."""
     found = data.columns(summary)
     for block in summary[data.splits[-1]]["blocks"].values():
         found.setdefault("load max/mean", []).append(block["load_max"])
@@ -570,7 +576,7 @@ def cells(summary, data):
     found["parameters"], found["active"] = summary["parameters"], summary["active_parameters"]
     found["GFLOPs"], found["seconds"] = summary["gflops"], summary["seconds"]
     found[f"{data.examples}/s"] = summary[f"{data.examples}_per_second"]
-    gains = {}  # what experts know of a label: NMI less its mean by chance, the mean of the blocks
+    gains = {}  # {label: NMI above chance of each block}
     for labels in summary["specialization"].values():
         for label, (value, by_chance, _) in labels.items():
             gains.setdefault(label, []).append(value - by_chance)
@@ -580,7 +586,7 @@ def cells(summary, data):
 
 
 def row(of_runs):
-    """A row of the table, {column: text}: of the cells of each run, mean ± deviation."""
+    """A row of the table, {column: text}: over the cells of several runs, mean ± deviation."""
     texts = {}
     for name in of_runs[0]:
         values = [found[name] for found in of_runs]
@@ -588,7 +594,7 @@ def row(of_runs):
             texts[name] = "-"
             continue
         parts = []
-        for mean in np.atleast_1d(np.mean(values, 0)):  # several: one for each block
+        for mean in np.atleast_1d(np.mean(values, 0)):  # one, or one for each block
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
         texts[name] = ", ".join(parts)
@@ -602,7 +608,7 @@ def deviation(values):
 
 
 def table(rows):
-    """Rows of {column: text} as Markdown, columns aligned; none in which nothing stands."""
+    """Rows of {column: text} as Markdown, columns aligned; empty columns are left out."""
     columns = []
     for name in dict.fromkeys(itertools.chain(*rows)):
         texts = [line.get(name, "-") for line in rows]
@@ -618,13 +624,13 @@ def results(overrides):
     runs, notes = finished(folder)
     if not runs:
         raise ValueError("; ".join([f"{folder} holds no finished run", *notes[:3]]))
-    axes = []  # the settings that were said, and differ between runs: a column each
+    axes = []  # settings that a user gave and that differ between runs: a column each
     for name in dict.fromkeys(itertools.chain(*(done.overrides for done in runs))):
         values = {to_text(done.settings.get(name, "-")) for done in runs}
         if len(values - {"-"}) > 1 and name not in (*FREE, "router", "seed"):
             axes.append(name)
-    if "task" in axes or "head" in axes:
-        raise ValueError(f"{folder} holds runs of several tasks, which no table can compare")
+    if not {"task", "head", "data"}.isdisjoint(axes):
+        raise ValueError(f"{folder} holds runs of several tasks or data, which no table compares")
     groups, entries = {}, []
     for done in runs:
         groups.setdefault(done.settings["code"], []).append(done)
@@ -633,7 +639,7 @@ def results(overrides):
         for name in axes:
             texts[name] = to_text(group[0].settings.get(name, "-"))
         name = " ".join(texts.values())  # in the pictures
-        texts |= {"seeds": str(len(group)), "to the best": ""}  # known only when all rows are
+        texts |= {"seeds": str(len(group)), "to the best": ""}  # compare() fills it in
         texts |= row([done.cells for done in group])
         scores = [done.score for done in group]
         entries.append(SimpleNamespace(name=name, runs=group, texts=texts, scores=scores))
@@ -660,7 +666,7 @@ def finished(folder):
 
 def compare(entries):
     """Fill in the column "to the best" of entries, best first. A leaky one is never the best."""
-    fair = [entry for entry in entries if "leaky" not in entry.texts["router"]]
+    fair = [entry for entry in entries if entry.runs[0].settings["label"] != "leaky"]
     best = (fair or entries)[0]
     for entry in entries:
         gap = np.mean(entry.scores) - np.mean(best.scores)
@@ -675,28 +681,29 @@ def compare(entries):
 
 
 # ================================================================ Later: what experts know
-EXAMINED = 2**21  # weights that are shuffled, about: so chance takes seconds
+EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 
 
 def specialization(settings, data, model):
     """How an expert's choice goes with the labels of tokens, in two forms.
 
-    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}, of many tokens
-    from every n-th. Maps {block: {label: (counts [labels, E + 1], names)}}: column e is how many
-    tokens of a label expert e gets, one of several divided by its weights; the last, those of none.
+    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}; of much data only
+    every n-th token counts. Maps {block: {label: (counts [labels, E + 1], names)}}: column e counts
+    the tokens of each label at expert e, shared by weight if several serve one; the last, dropped.
     """
     model.eval()
     gathered, names_of, start = {}, {}, 0
-    batches = data.split(data.examined)
+    batches = data.batches(data.examined)
     for batch in tqdm(batches, "examining experts", leave=False, dynamic_ncols=True):
         with torch.no_grad(), precision(settings, data.device):
             routings = data.loss(model, batch)[2]
         for name, (label, owner, names) in data.labels(batch, start).items():
-            (B, T), known, names_of[name] = label.shape, label >= 0, names
+            B, T = label.shape
+            known, names_of[name] = label >= 0, names
             for block, routing in routings.items():
                 weight = routing.expert_weights.float().cpu()
-                weight = weight.reshape(B, -1, weight.shape[-1])  # [B, T, E]; of a sequence routed
-                weight = weight.expand(B, T, -1)  # whole, [B, 1, E]: all its tokens go with it
+                # [B, T, E]; or [B, 1, E] of sequences routed whole, whose tokens go with them.
+                weight = weight.reshape(B, -1, weight.shape[-1]).expand(B, T, -1)
                 parts = gathered.setdefault((block, name), [])
                 parts.append((weight[known], label[known], owner[known]))
         start += len(next(iter(batch.values())))
@@ -719,12 +726,12 @@ def nmi_and_null(weight, label, owner, draws=100):
     """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
     Owners are units that have one label, as a document its topic, or one routing, as a sequence
-    that is routed whole. By chance each owner's labels meet the experts of a random other owner.
+    that is routed whole. By chance each owner's labels meet the experts of a random owner.
     """
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
     routed.index_add_(0, index, weight.double())
-    share = 1 / index.bincount()[index].double()[:, None]  # of an owner, each of its tokens
+    share = 1 / index.bincount()[index].double()[:, None]  # a token's part of its owner's routing
     found, other, g = [], torch.arange(len(owners)), seeded("null")
     for _ in range(1 + draws):
         counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
@@ -772,7 +779,7 @@ def run_page(data, model, summary, shown, lines, contingency):
     """The page of one run, HTML that needs no network. shown: what is printed; lines: the log."""
     drawn = {name: {} for name in CURVES}  # {name: {"" or a block: [(step, value), ...]}}
     for line in lines:
-        for block, values in {"": line, **line["blocks"]}.items():
+        for block, values in {"": line, **line["blocks"]}.items():  # "" is the whole model
             for name in drawn.keys() & values.keys():
                 drawn[name].setdefault(block, []).append((line["step"], values[name]))
     body = [f"<pre class=table>{escape(data.description)}\n{escape(shown)}</pre>"]
@@ -782,16 +789,16 @@ def run_page(data, model, summary, shown, lines, contingency):
         for label, (value, by_chance, _) in labels.items():
             if len(contingency[block][label][1]) <= 24:  # more rows are no picture
                 gains[block, label] = value - by_chance
-    body.append("<h3>Which expert serves which share of a label's tokens, where it tells most</h3>")
     for block, label in sorted(gains, key=gains.get, reverse=True)[:3]:
-        body.append(heat_map(f"block {block}: {label}", *contingency[block][label]))
+        heading = f"Block {block}: which expert takes which share of a {label}"
+        body.append(heat_map(heading, *contingency[block][label]))
     body.append(data.pictures(model, contingency))
     title = escape(f"Router {summary['router']} on {data.examples}")
     return PAGE.format(title=title, body="\n".join(body))
 
 
 def curves(heading, lines, of="steps", style=""):
-    """A picture of lines {name: [(x, y), ...]} in one frame; above it stands how far they reach."""
+    """A picture of lines {name: [(x, y), ...]} in one frame, the ranges of y and x above it."""
     xs, ys = zip(*itertools.chain(*lines.values()))
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     drawn = legend = ""
@@ -800,7 +807,7 @@ def curves(heading, lines, of="steps", style=""):
         for x, y in line:
             across, up = (x - left) / (right - left or 1), (y - low) / (high - low or 1)
             points += f"{across:.4f},{1 - up:.4f} "
-        ink = "rgb{}".format(color(i, len(lines), lightness=0.4))
+        ink = color(i, len(lines), lightness=40)
         drawn += f'<polyline points="{points}" stroke="{ink}" style="{style}"/>'
         legend += f'<span style="color:{ink}">&#9632; {escape(str(name))}</span> '
     frame = 'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1" preserveAspectRatio="none"'
@@ -838,7 +845,8 @@ class Record:
     def __init__(self, settings, folder):
         self.settings, self.folder, self.checkpoint = settings, folder, folder / "checkpoint.pt"
         self.writes = processes()[0] == 0
-        self.end, self.seconds = 0, 0.0  # of metrics.jsonl and of training, at the last checkpoint
+        self.end = 0  # bytes of metrics.jsonl at the last checkpoint
+        self.seconds = 0.0  # of training until then
         self.start = self.saved_at = time.perf_counter()
 
     def restore(self, data, model, optimizer):
@@ -868,7 +876,7 @@ class Record:
             raise ValueError(f"{self.folder} is in use: another process trains there") from None
         except (OSError, NameError):
             pass  # some file systems have no locks, nor has Windows
-        self.lines.truncate(self.end)
+        self.lines.seek(self.lines.truncate(self.end))
         (self.folder / "summary.json").unlink(missing_ok=True)
         if "data" in overrides:
             overrides = overrides | {"data": self.settings.data}  # absolute, if it is a path
@@ -904,7 +912,7 @@ class Record:
         self.saved_at = time.perf_counter()
 
     def finish(self, summary, page):
-        """The last lines of metrics.jsonl, the report, the summary; before anything is printed."""
+        """The evaluations' lines of metrics.jsonl, the report, the summary."""
         for split, values in summary.items():
             if isinstance(values, dict) and "blocks" in values:
                 self.log(self.settings.steps, {"split": split, **values})
@@ -932,7 +940,7 @@ def read_json(path):
 
 
 def read_lines(folder):
-    """The training lines of metrics.jsonl: an evaluation has no gradient."""
+    """The training lines of metrics.jsonl: those of evaluations have no grad_norm."""
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     return [line for line in map(json.loads, lines) if "grad_norm" in line]
 
@@ -958,15 +966,15 @@ def process_group():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # to wait for process 0
     rank = processes()[0]
-    if rank:  # process 0 speaks for all
+    if rank:  # only process 0 prints
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
     try:
         yield
     except (Exception, SystemExit) as error:
-        if rank:  # but for what went wrong here alone
+        if rank:  # but each its own failure
             why = " ".join(repr(error.__cause__ or error).split())
             print(f"train.py: process {rank}: {why}", file=sys.__stderr__)
-        raise  # the group stays: to leave it is to wait for the others, whom torchrun ends
+        raise  # with the group alive: to destroy it would wait for others, whom torchrun ends
     dist.barrier()  # process 0 has evaluations and the table to finish
     dist.destroy_process_group()
 
@@ -987,14 +995,14 @@ def wrap(settings, model):
 
 
 def parts_of_batch(settings):
-    """The rows of each part of a batch that this process computes."""
-    rank, size = processes()
-    rows = settings.batch_size // settings.grad_accum // size
-    starts = range(rank * rows, settings.batch_size, size * rows)
+    """The slice of the batch in each part that this process computes: processes take turns."""
+    rank, count = processes()
+    rows = settings.batch_size // settings.grad_accum // count
+    starts = range(rank * rows, settings.batch_size, count * rows)
     return [slice(start, start + rows) for start in starts]
 
 
-def total(values, device, divisor=1):
+def sum_processes(values, device, divisor=1):
     """{name: number, or tensors of one shape} summed over all processes, divided by `divisor`."""
     if not dist.is_initialized() or not values:
         return values
@@ -1022,10 +1030,11 @@ def bench(overrides):
         router = build_router(name, b.dim, b.experts, tokens=x.shape[1], **options)
         moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(x.device)
         routing = moe(x)[1]
-        slots = routing.dispatch(x).detach()  # [G, E, C, D]
-        vectors = slots.flatten(0, 2)
+        slots = routing.dispatch(x).detach().requires_grad_()  # [G, E, C, D]
+        work = sum(routing.filled) if routing.filled else slots[..., 0].numel()  # slots that run
+        vectors = slots.detach().flatten(0, 2)[:work].requires_grad_()
         layer = milliseconds(b, wrap(b, moe), x)
-        ffn = milliseconds(b, dense, vectors[: sum(routing.filled or [len(vectors)])])
+        ffn = milliseconds(b, dense, vectors)
         experts = milliseconds(b, moe.experts, slots)
         texts = {"router": name, "ms": f"{layer:.1f}", "/ dense": f"{layer / ffn:.2f}"}
         rows.append(texts | {"/ bare experts": f"{layer / experts:.2f}"})
@@ -1068,13 +1077,13 @@ def command(words):
     """Train the runs that are asked for and make their table, or do something else."""
     with mistakes():
         action, lists = parse(words)
-        overrides = {name: values[0] for name, values in lists.items()}
+        overrides = {name: values[0] for name, values in lists.items()}  # of an action
         several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
         if action == "resume":
             out = pathlib.Path(overrides.pop(action))
             runs = {out: read_json(out / "config.json")["overrides"] | overrides}
         elif action:
-            if processes()[0] == 0:  # it does alone what is no training
+            if processes()[0] == 0:  # no training: one process does it alone
                 {"bench": bench, "table": results, "sample": sample}[action](overrides)
             return 0
         else:
@@ -1104,7 +1113,10 @@ def sample(overrides):
     settings = resolve(config["overrides"] | {"device": asked.device})
     data = TASKS[settings.task].load_data(settings, pick_device(settings))
     model = build(settings, data)
-    Record(settings, folder).restore(data, model, make_optimizer(settings, model))
+    if getattr(data, "tokenizer", None) is None:
+        raise ValueError(f"{folder} was not trained on text: it cannot write")
+    if Record(settings, folder).restore(data, model, make_optimizer(settings, model)) == 0:
+        raise ValueError(f"{folder} has no checkpoint yet")
     with dropless(model) as differs:
         print(moe_tokens.sample(model, data.tokenizer, settings, asked))
     if differs:
@@ -1114,7 +1126,7 @@ def sample(overrides):
 
 
 def runs_to_do(lists, several):
-    """Where the runs of lists, {setting: [values]}, lie, and {folder: overrides} of those to do.
+    """The output folder, and {folder: overrides} of unfinished runs, from {setting: [values]}.
 
     In a grid, every combination is a run. What a router lacks is left out of its runs; equal runs
     are one, finished ones done; with --router all, routers that cannot take the settings go.
@@ -1124,44 +1136,44 @@ def runs_to_do(lists, several):
     out = pathlib.Path(lists.get("out", [f"runs/{name}"])[0])
     if not several and processes()[0] == 0 and out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty; choose another folder")
-    for name in ("task", "head", *FREE):
+    for name in ("task", "head", "data", *FREE):  # no table compares two of the first three
         if len(lists.get(name, ())) > 1:
             raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
-    if router == "all":
+    all_routers = "all" in lists.get("router", ())
+    if all_routers:
         lists = {"dense_match": ["active", "total"]} | lists | {"router": list(ROUTER_KINDS)}
     axes = [name for name in lists if len(lists[name]) > 1 and name not in ("router", "seed")]
-    runs, left_out, idle = {}, {}, set(lists)
+    runs, left_out, unused = {}, {}, set(lists)
     for values in itertools.product(*lists.values()):
         overrides = dict(zip(lists, values))
         for name in set(overrides) - set(defaults_of(overrides)):
             del overrides[name]
-        idle -= set(overrides)
+        unused -= set(overrides)
         try:
             settings = resolve(overrides)
         except ValueError as error:
-            if router != "all":
+            if not all_routers:
                 raise
             left_out[overrides["router"]] = error
             continue
         folder = folder_in_grid(out, settings, axes) if several else out
         if not (folder / "summary.json").exists():
             runs.setdefault(folder, overrides)
-    if idle:
+    if unused:
         chosen = f"--router {' '.join(lists.get('router', [router]))} on --task {task}"
-        raise ValueError(f"{chosen} has no {', '.join(map(flag, idle))}")
+        raise ValueError(f"{chosen} has no {', '.join(map(flag, unused))}")
     for router, error in left_out.items():
         print(f"left out: {router}: {error}")
     return out, runs
 
 
 def folder_in_grid(out, settings, axes):
-    """The folder of a run: its name tells the place on the axes, its ending all settings."""
+    """The folder of a run, named by its values on the axes, then a hash of all settings."""
     name, ending = settings.router, f"seed_{settings.seed}-{settings.code}"
     for axis in axes:
         if hasattr(settings, axis):
             name += f"-{axis}_{to_text(getattr(settings, axis))}"
-    name = re.sub(r"[^\w.,+-]", "_", name, flags=re.ASCII)[:150]  # any disk holds it
-    return next(out.glob(f"*-{ending}"), out / f"{name}-{ending}")
+    return next(out.glob(f"*-{ending}"), out / f"{name}-{ending}")  # perhaps of other axes
 
 
 def parse(words):
@@ -1196,7 +1208,7 @@ def parse(words):
 
 
 def default_text(name, default):
-    """The default that holds, in brackets: by task if a size sets it, by router if they differ."""
+    """The default in brackets, also that of size tiny, and of routers that differ."""
     texts = []
     for task, module in TASKS.items():
         if name in module.SIZES["tiny"]:
