@@ -790,7 +790,7 @@ def run_page(data, model, summary, shown, lines, contingency):
             if len(contingency[block][label][1]) <= 24:  # more rows are no picture
                 gains[block, label] = value - by_chance
     for block, label in sorted(gains, key=gains.get, reverse=True)[:3]:
-        heading = f"Block {block}: which expert takes which share of a {label}"
+        heading = f"Block {block}: each {label} by expert; dark is all of it"
         body.append(heat_map(heading, *contingency[block][label]))
     body.append(data.pictures(model, contingency))
     title = escape(f"Router {summary['router']} on {data.examples}")
