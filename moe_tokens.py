@@ -561,11 +561,7 @@ def files_below(path, skipped, seen):
         yield path
     elif path.is_dir() and path.resolve() not in seen:  # links may lead in a circle
         seen.add(path.resolve())
-        try:
-            inside = sorted(path.iterdir())
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
-        for inner in inside:
+        for inner in sorted(path.iterdir()):
             if not inner.name.startswith(".") and inner.name not in skipped:
                 yield from files_below(inner, skipped, seen)
 
