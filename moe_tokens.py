@@ -63,9 +63,9 @@ SAMPLING = {  # with --sample
 class GPT(nn.Module):
     """tokens [B, T] -> logits [B, T, V] and {block: Routing}.
 
-    By default each MoE routes each token by itself. unit="sequence": the batch is one group, and a
-    sequence one token of width T*D in it, routed by the mean of its first `prefix` positions (None:
-    of all); an expert works on its T vectors. scope="global": one routing serves all blocks.
+    By default each MoE routes each token by itself. unit="sequence": the batch is one group, each
+    sequence a token of width T*D, routed by the mean of its first `prefix` positions (None: of
+    all); an expert works on its T vectors. scope="global": one routing serves all blocks.
     """
 
     def __init__(self, vocab_size, context, dim, heads, ffns, unit, scope, prefix):
@@ -90,7 +90,7 @@ class GPT(nn.Module):
             given = self.route(self.moes()[0], F.layer_norm(x, x.shape[-1:]), tokens)
 
         def run_moe(moe, z):
-            """What the MoE makes of z [B, T, D], and its Routing."""
+            """Stands in for moe(z): y like z [B, T, D], and its Routing."""
             routing = self.route(moe, z, tokens) if given is None else given
             # A sequence that is routed whole is a token of width T * D, in one group of B.
             groups = z if self.unit == "token" else z.flatten(1)[None]
@@ -165,8 +165,8 @@ def find_leak(settings, router):
 class Text:
     """Windows of `context` tokens of documents, or of nanoGPT's .bin files.
 
-    Reading sets description, fingerprint, vocab_size and stored[split]: windows [W, T + 1], each
-    beginning with the last token of the one before, and the document of each. For documents also
+    Reading sets description, fingerprint, vocab_size and stored[split] = (windows [W, T + 1], which
+    overlap by a token; the document of each). For documents also
 
     tokenizer, bytes_of  its pieces of text, and the bytes in each; .bin files have None
     topics, topic_of     names of the ten largest; each document's place among them, or -1
@@ -193,8 +193,8 @@ class Text:
             self.read_text(settings)
         self.sizes = {split: len(windows) for split, (windows, _) in self.stored.items()}
         train, held = self.sizes["train"], self.sizes["validation"]
-        windows = f"{train} training and {held} validation windows of {self.context} tokens"
-        self.description += f"; {windows}"
+        counted = f"{train} training and {held} validation windows of {self.context} tokens"
+        self.description += f"; {counted}"
         if not held or self.batch_size > train:
             raise ValueError(f"{self.description}: too few for --batch-size {self.batch_size}")
         self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # evenly spread
@@ -203,7 +203,7 @@ class Text:
         """The GPT; make_ffn(block) gives each block its FFN or MoE."""
         s = settings
         if s.router == "hash" and s.num_keys is None:
-            s.num_keys = self.vocab_size  # for make_ffn
+            s.num_keys = self.vocab_size  # make_ffn reads it
         ffns = [make_ffn(block) for block in range(s.depth)]
         prefix = s.prefix if s.pool == "prefix" else None
         return GPT(self.vocab_size, s.context, s.dim, s.heads, ffns, s.unit, s.scope, prefix)
@@ -215,12 +215,12 @@ class Text:
 
     def batches(self, split):
         """The validation windows that are scored; or "all", up to 4096 windows of all documents."""
-        chosen = {"validation": self.scored}
         if split == "all":
-            share = min(1, 4096 / sum(self.sizes.values()))
-            chosen = {}
+            share, chosen = min(1, 4096 / sum(self.sizes.values())), {}
             for name, size in self.sizes.items():
                 chosen[name] = np.linspace(0, size - 1, math.ceil(share * size)).astype(int)
+        else:
+            chosen = {"validation": self.scored}
         most = max(1, 8192 // self.context)  # windows in a batch
         for name, rows in chosen.items():
             for i in range(0, len(rows), most):
@@ -269,8 +269,8 @@ class Text:
     def labels(self, batch, start):
         """What experts may specialize in: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the unit that nmi_and_null() in train.py shuffles whole, a document, sequence or
-        token; -1: counted, but no NMI. Label -1 is none. `start` windows came before this batch.
+        owner: the document, sequence or token that nmi_and_null() in train.py shuffles whole; -1:
+        no NMI. Label -1 is none. `start` windows came before this batch.
         """
         if self.tokenizer is None:
             return {}
@@ -286,7 +286,7 @@ class Text:
         return found
 
     @torch.no_grad()
-    def report(self, settings, model, fresh):
+    def report(self, settings, model, untrained):
         """A leaky model's metrics on 32 windows, in two ways.
 
         as_scored: all tokens at once. as_generated: later tokens hidden, as when the model writes.
@@ -341,7 +341,7 @@ class Text:
             E = weights.shape[-1]
             page += f"<h3>Block {block}: validation text, each token in its expert's color</h3>"
             for e, words in enumerate(commonest(*contingency[block]["token"])):
-                page += on_page(f" expert {e} ", e, E) + f" {html.escape(words)}<br>"
+                page += on_page(f" expert {e}, most often: ", e, E) + f" {html.escape(words)}<br>"
             page += on_page(" no expert ", E, E)
             for of_text, some in zip(tokens, weights.view(len(tokens), -1, E)):
                 page += f"<pre>{painted(of_text, some, self.tokenizer.pieces)}</pre>"
@@ -657,4 +657,4 @@ def color(place, count, lightness):
     """The CSS color of expert `place` of `count`; gray where place is count: no expert."""
     if place == count:
         return "#c8c8c8"
-    return f"hsl({360 * place / count:.0f}, 80%, {lightness}%)"
+    return f"hsl({360 * place / count:.0f}, 80%, {lightness - 10 * (place % 2)}%)"

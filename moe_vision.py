@@ -111,7 +111,7 @@ class ViT(nn.Module):
 def resolve(settings, router, overrides):
     """Fill in what follows from other settings; ValueError where they clash.
 
-    Returns the label of all results: of images none. router and overrides: as in moe_tokens.py.
+    Returns the label of all results, none for images. router and overrides: as in moe_tokens.py.
     """
     s = settings
     if s.moe_blocks is None:  # every second block, the last one among them, as in V-MoE
@@ -128,7 +128,7 @@ def resolve(settings, router, overrides):
 class Images:
     """A set of images. A subclass brings batch(), split() and these attributes:
 
-    image_size, names  pixels along an image; of the classes
+    image_size, names  pixels along an image; names of the classes
     mean, std          an image is (pixel - mean) / std, pixels from about 0 to 1
     description        one line on the set
 
@@ -174,7 +174,7 @@ class Images:
         return F.cross_entropy(logits.flatten(0, -2), label.flatten()), counts, routings
 
     def metrics(self, sums):
-        """What is reported, in %: top1, and of patches miou. sums: of counts, and of loss * count.
+        """What is reported, in %: top1, and of patches miou. sums: counts, and loss * count.
 
         miou: the mean over classes of intersection over union; a class that is nowhere counts 0.
         """
@@ -202,8 +202,8 @@ class Images:
             found["tile"] = batch["tile"].cpu(), patch, range(len(TILES))
         return found
 
-    def report(self, settings, model, fresh):
-        """What else the summary says of a model; fresh() makes an untrained one like it."""
+    def report(self, settings, model, untrained):
+        """What else the summary says of a model; untrained() makes one like it."""
         return {}
 
     def columns(self, summary):
@@ -306,10 +306,10 @@ class Drawn(Images):
         for i in range(8):
             yield self.draw(256, TRAINED, split, i)
 
-    def report(self, settings, model, fresh):
+    def report(self, settings, model, untrained):
         """10-shot accuracy in % on the held-out classes, the mean of five draws."""
         found = {}
-        for name, reader in ("trained", model), ("untrained", fresh()):
+        for name, reader in ("trained", model), ("untrained", untrained()):
             accuracy = [few_shot(reader, self.draw(1024, HELD_OUT, "probe", i)) for i in range(5)]
             found[name] = float(np.mean(accuracy))
         return {"few_shot": found}

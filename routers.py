@@ -27,10 +27,9 @@ Words, the same in every file:
     gate      the layer that makes logits [G, T, E] from tokens
     gates     softmax(logits), unless a router says otherwise
     plan      gates rebalanced so that every expert receives about the same total weight
-    scores    decide who goes where; weights multiply the outputs; mostly both are the gates
+    scores    decide who goes where, weights multiply the outputs; mostly both are the gates
     wants     True where a token wants an expert; seats: True where it got a slot of that expert
-    load      each expert's share of all wants, before any token is turned away; where experts
-              choose it is 1/E
+    load      each expert's share of all wants, before any token is turned away
     dropped   a token that no expert serves
     dropless  C is as large as the fullest expert needs, so that no token is turned away
 
@@ -43,7 +42,6 @@ HardRouting or a Routing, and add it to ROUTERS. Not here: experts on several ma
 """
 
 import copy
-import functools
 import math
 import numbers
 from types import SimpleNamespace
@@ -67,7 +65,7 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x, key=None, routing=None):
-        """x [G, T, D], for hash key [G, T] -> y like x, and its Routing (`routing`, if given).
+        """x [G, T, D] -> y like x, and its Routing (`routing`, if given). key [G, T] is for hash.
 
         With a routing given, x may be [G, T, n*D]: n vectors that are routed together.
         """
@@ -76,7 +74,7 @@ class MoE(nn.Module):
         if routing.filled is None or not isinstance(self.experts, Experts):
             slots = routing.dispatch(x)  # [G, E, C, D]
             y = routing.combine(self.experts(slots))  # [G, T, D]
-        else:  # dropless: the same y, without computing empty slots
+        else:  # dropless, and experts that can skip empty slots: the same y
             y = run_filled(routing, x, self.experts)
         if self.shared is not None:
             tokens = x.unflatten(-1, (-1, self.router.dim))  # [G, T, n, D], mostly n = 1
@@ -88,10 +86,10 @@ class Routing:
     """What a router decided: the two tensors, and the two equations that apply them. Also
 
     expert_weights     [G, T, E], what each expert's output weighs for each token
-    slots_per_token    [G, T], in how many slots each sits; 0: it is dropped. Soft: in all of them
+    slots_per_token    [G, T], in how many slots each sits; 0: it is dropped
     tokens_per_expert  [E], how many tokens want each expert; in Soft MoE, its total weight
     load               [E], each expert's share of that
-    notes              logits and gates (rows sum to 1): losses_of() and statistics read them
+    notes              become attributes, as logits, gates (rows sum to 1), for losses_of()
     """
 
     gates = None  # where a router has none
@@ -146,8 +144,8 @@ class Router(nn.Module):
                     grows with T: a token dropped in a short text may find a slot in a longer one.
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
-    aux_losses      the losses that it offers, of importance, balance, load and z. They read logits
-                    (importance, balance: gates too; load: noisy too), which must be notes.
+    aux_losses      the losses that it offers. What they read must be notes: logits (z, importance,
+                    load), gates (importance, balance), noisy (load); for a quantile bias, scores
     train_defaults  train.py's settings for it, beside its options
     """
 
@@ -202,9 +200,9 @@ class Router(nn.Module):
         return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
 
     def scores_and_weights(self, logits, noisy):
-        """What decides and what weighs, both [G, T, E]: here the noisy gates; or a plan decides.
+        """What decides and what weighs, both [G, T, E]: here both are softmax(noisy).
 
-        logits are without noise. A bias, if there is one, is added to the scores later.
+        logits have no noise. TokenChoice adds its bias to the scores later.
         """
         gates = noisy.softmax(2)
         return gates, gates
@@ -265,7 +263,7 @@ class TokenChoice(Router):
         o, C = self.options, self.capacity(x.shape[1])
         logits = self.logits(x)  # [G, T, E], as all that follow
         noisy = self.add_noise(logits)
-        scores, weights = self.scores_and_weights(logits, noisy)  # both are softmax(noisy)
+        scores, weights = self.scores_and_weights(logits, noisy)  # here both are softmax(noisy)
         biased = scores + self.bias if o.bias_rate else scores
         wants = largest(biased, o.top_k, dim=2)
         if o.renormalize and o.top_k > 1:
@@ -290,7 +288,7 @@ class TokenChoice(Router):
 
 def largest(scores, k, dim):
     """True at the k largest along dim. Of equal ones the first count; topk promises no order."""
-    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN wins, to reach y
+    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN wins, so y shows it
     kth = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     above, equal = scores > kth, scores == kth
     needed = k - above.sum(dim, keepdim=True)
@@ -355,7 +353,7 @@ class HardRouting(Routing):
         G, T, E = self.seats.shape
         seated = self.seats.mT.contiguous().cumsum(2, dtype=torch.int32)  # [G, E, T]
         nth = torch.arange(1, self.capacity + 1, dtype=torch.int32, device=seated.device)
-        token = torch.searchsorted(seated, nth.repeat(G, E, 1))  # where the count reaches n; or T
+        token = torch.searchsorted(seated, nth.repeat(G, E, 1))  # the n-th seated; T if none
         group = torch.arange(G, device=seated.device)[:, None, None]
         self._rows = (group * (T + 1) + token).transpose(0, 1).flatten(1)
         return self._rows
@@ -389,7 +387,7 @@ class ExpertChoice(Router):
         C = self.capacity(x.shape[1])
         logits = self.logits(x)  # [G, T, E], as all that follow
         noisy = self.add_noise(logits)
-        scores, weights = self.scores_and_weights(logits, noisy)  # both are softmax(noisy)
+        scores, weights = self.scores_and_weights(logits, noisy)  # here both are softmax(noisy)
         seats = largest(scores, C, dim=1)
         return HardRouting(self, seats, weights, C, logits=logits, gates=logits.softmax(2))
 
@@ -443,9 +441,9 @@ def unit_length(z, dim):
 class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked: one batched product a layer.
 
-    For other experts, make_weights() sets parameters [E, ...], `names` lists them in the order in
-    which expert() takes them, and those whose names begin with b get no weight decay. They are not
-    nn.Linear: a function that initializes those misses them.
+    For other experts, make_weights() sets parameters [E, ...], and `names` lists them as expert()
+    takes them; names in b... get no weight decay. They are not nn.Linear: a function that
+    initializes those misses them.
     """
 
     names = ("w1", "b1", "w2", "b2")
@@ -485,7 +483,7 @@ def stacked(num_experts, rows, columns, fan_in):
 
 
 # ================================================================ Later: plans decide
-PLAN = dict(iterations=20, combine_weights="softmax")  # or "plan": it decides and weighs
+PLAN = dict(iterations=20, combine_weights="softmax")  # or "plan", which then weighs too
 
 
 class SinkhornTokenChoice(TokenChoice):
@@ -518,8 +516,8 @@ class SparseTokenChoice(SinkhornTokenChoice):
 
     def scores_and_weights(self, logits, noisy):
         gates = noisy.softmax(2).mT  # [G, E, T]: a column is a token, and sums to 1
-        solve = functools.partial(sparse_plan, k=self.options.top_k, column_sum=1.0)
-        scores, weights = by_plan(self.options, solve, gates, gates)
+        limits = dict(k=self.options.top_k, column_sum=1.0)
+        scores, weights = by_plan(self.options, sparse_plan, gates, gates, **limits)
         return scores.mT, weights.mT
 
 
@@ -531,16 +529,16 @@ class SparseExpertChoice(SinkhornExpertChoice):
 
     def scores_and_weights(self, logits, noisy):
         gates = noisy.softmax(2)
-        solve = functools.partial(sparse_plan, k=self.capacity(logits.shape[1]))
-        return by_plan(self.options, solve, gates, gates)
+        C = self.capacity(logits.shape[1])
+        return by_plan(self.options, sparse_plan, gates, gates, k=C)
 
 
-def by_plan(options, solve, z, gates):
+def by_plan(options, solve, z, gates, **limits):
     """Scores and weights where a plan, solve(z), decides; combine_weights says what weighs."""
     if options.combine_weights == "plan":
-        plan = solve(z, iterations=options.iterations)
+        plan = solve(z, iterations=options.iterations, **limits)
         return plan, plan
-    return solve(z.detach(), iterations=options.iterations), gates  # no gradient passes the plan
+    return solve(z.detach(), iterations=options.iterations, **limits), gates  # no gradient passes
 
 
 def sinkhorn_plan(logits, iterations=20):
@@ -693,7 +691,7 @@ class ExpertThreshold(Router):
     @torch.no_grad()
     def update(self, routings, generator=None):
         super().update(routings, generator)
-        gates = torch.cat([routing.weights for routing in routings])
+        gates = torch.cat([routing.weights for routing in routings])  # here they are the gates
         below = 1 - self.options.top_k / self.num_experts
         quantile = gather_processes(gates.quantile(below, dim=1)).mean(0).to(self.threshold)  # [E]
         quantile = torch.where(quantile.isfinite(), quantile, self.threshold)  # not finite: stay
@@ -740,7 +738,7 @@ def move_bias(router, routings):
     "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): a token's bar is its (K+1)-th
     largest score plus bias, and an expert's margin there is by how much it beats the bar. The bias
     moves by bias_rate times its (q+1)-th largest margin, downwards: at rate 1, and if the others
-    stood still, exactly q tokens, the even share, would then want it.
+    stood still, an expert that too many want is left with q tokens, the even share.
     """
     o, bias, E = router.options, router.bias, router.num_experts
     if o.bias_update == "sign":
@@ -857,7 +855,7 @@ CHOICES = {
 def check_options(router, overrides):
     """ValueError for an unknown option, or a value of the wrong type or range.
 
-    The default tells which: numbers are at least 0, whole ones 1. A default itself always passes.
+    The type of the default decides: floats are >= 0, whole numbers >= 1. A default always passes.
     """
     unknown = [name for name in overrides if name not in router.defaults]
     if unknown:

@@ -639,6 +639,7 @@ WRONG = [  # a router, options against a rule, and what the error says
     ("soft", dict(slots=0), f"slots {WHOLE} slots=0"),
     ("soft", dict(num_experts=0), f"num_experts {WHOLE} num_experts=0"),
     ("hash", dict(top_k=1.5), f"top_k {WHOLE} top_k=1.5"),
+    ("hash", dict(top_k=True), f"top_k {WHOLE} top_k=True"),
     ("expert_threshold", dict(top_k=4), "top_k must be at most num_experts=3, got top_k=4"),
     ("sigmoid", dict(capacity_factor=0.0), "capacity_factor must be a positive number, got"),
     ("sigmoid", dict(renormalize="no"), "renormalize must be True or False, got renormalize='no'"),
@@ -794,6 +795,10 @@ def test_the_defaults_of_a_subclass_add_to_those_of_its_parent():
     assert Mine(4, 3, other="x", priority="gate").options.other == "x"
     with pytest.raises(ValueError, match=f"warmth {NUMBER}"):  # a default's type is its rule
         Mine(4, 3, warmth=-1)
+    Mine.defaults["warmth"] = -1.0
+    assert Mine(4, 3, warmth=-1.0).options.warmth == -1  # a default always passes
+    gated = type("Gated", (ROUTERS["hash"],), dict(gated=True))
+    assert gated(4, 3, gate="mlp")(draw(2, 5, 4)).wants.sum() == 10
 
 
 class SwiGLU(Experts):
@@ -1605,7 +1610,9 @@ def test_a_report_of_images_holds_the_printed_table_curves_and_maps_and_is_clear
     losses = [line["loss"] for line in lines_of("run")[:4]]
     (heights,) = drawn["training loss"]
     assert np.argsort(heights).tolist() == np.argsort(losses)[::-1].tolist()
-    (kinds,) = re.findall(r"<caption>Block 1: [^<]* patch kind</caption>(.*?)</table>", page, re.S)
+    (kinds,) = re.findall(
+        r"<caption>Block 1: % of each patch kind by expert</caption>(.*?)</table>", page, re.S
+    )
     _, *rows = re.split("<th>(?:background|edge|interior)", kinds)
     for row in rows:
         shares = [float(share) for share in re.findall(r'title="([\d.]+)"', row)]

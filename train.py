@@ -13,13 +13,14 @@ marked "Later" may wait. Words are explained in routers.py. Every random draw ha
 (seed, step, "noise"), so a resumed run is the same run, with no random state to keep. Of many
 processes, each draws the whole batch's random numbers and uses its own rows.
 
-What fails while settings, data and model are made, and a full disk: one line, status 2. A loss
-that is not finite: one line, status 1. Any other error is a bug, with its traceback.
+Errors in settings, data or model, and a full disk: one line, status 2. A loss that is not finite:
+one line, status 1. Any other error is a bug, with its traceback.
 """
 
 import argparse
 import ctypes
 import datetime
+import functools
 import gc
 import io
 import itertools
@@ -31,6 +32,7 @@ import platform
 import signal
 import sys
 import time
+import traceback
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from html import escape
 from types import SimpleNamespace
@@ -188,9 +190,8 @@ def run(overrides, folder):
                 record.log(step, line | {"blocks": stats})
                 worst = max((block["load_max"] for block in stats.values()), default=1)
                 bar.set_postfix(loss=f"{line['loss']:.3g}", load_max=f"{worst:.2f}")
-            asked = sum_processes(
-                {"stop": len(caught), "save": record.due()}, device
-            )  # by any process
+            asked = {"stop": len(caught), "save": record.due()}
+            asked = sum_processes(asked, device)  # by any process
             stop = asked["stop"] > 0
             if stop or asked["save"] or step == settings.steps:
                 check_sound(data, model, step)
@@ -216,6 +217,9 @@ def mistakes(kinds=Exception):
         yield
     except kinds as error:
         why = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, OSError)):  # perhaps a bug in a fork: say where
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            why += f" ({type(error).__name__}, {place.filename}:{place.lineno})"
         print(f"train.py: error: {why}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -256,8 +260,8 @@ def defaults_of(overrides):
 
     Later ones win: the general defaults, the size's, the router's, its train_defaults.
     """
-    said = {name: SETTINGS[name][1] for name in ("task", "router", "size")} | overrides
-    task, router, size = said["task"], said["router"], said["size"]
+    chosen = {name: SETTINGS[name][1] for name in ("task", "router", "size")} | overrides
+    task, router, size = chosen["task"], chosen["router"], chosen["size"]
     if size not in TASKS[task].SIZES:
         raise ValueError(f"--size {size} is not for --task {task}")
     kind = ROUTER_KINDS[router]
@@ -350,7 +354,7 @@ def make_optimizer(settings, model):
         group, own_name = weights, name.split(".")[-1]
         if ".router." in name:
             group = gates
-        elif parameter.ndim < 2 or own_name == "position" or own_name[0] == "b":  # as Experts says
+        elif parameter.ndim < 2 or own_name == "position" or own_name[0] == "b":  # experts' biases
             group = bare
         if parameter.requires_grad:
             group["params"].append(parameter)
@@ -384,7 +388,7 @@ def train_step(settings, data, model, optimizer, step, batch):
                 if settings.loss_weights.get(name):
                     objective = objective + settings.loss_weights[name] * value
                 add(losses, {name: value.detach() / len(parts)})
-        (objective / len(parts)).backward()
+        (objective / len(parts)).backward()  # no_sync() counts in the forward alone
         add(sums, counts | {"loss": loss.detach() * counts["count"]})
         if is_logged(settings, step + 1):
             add(of_blocks, block_sums(routings))
@@ -432,7 +436,7 @@ def to_floats(values):
 def block_sums(routings):
     """{block: [E + 3]}, sums that may be added over parts of a batch, batches and processes.
 
-    The tokens that want each expert, then all tokens, dropped tokens, and the sum of entropies.
+    How many tokens want each expert; then all tokens, dropped tokens, summed entropies.
     """
     sums = {}
     for block, routing in routings.items():
@@ -487,7 +491,7 @@ def conclude(settings, data, model, seconds):
     summary["parameters"] = count
     summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
     summary["specialization"], contingency = specialization(settings, data, model)
-    summary |= data.report(settings, model, fresh=lambda: build(settings, data))
+    summary |= data.report(settings, model, untrained=lambda: build(settings, data))
     summary |= {"cells": cells(summary, data), "score": data.score(summary)}  # for the table
     return summary, contingency
 
@@ -524,17 +528,15 @@ def evaluate(settings, data, model, split):
 @contextmanager
 def dropless(model):
     """Inside, tokens and thresholds choose without drops. Yields: did any have a capacity?"""
-    limited = {}
+    before = {}
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
-            factor = router.options.capacity_factor
-            if factor is not None:
-                limited[router] = factor
-                # cf = E is room for every token, for thresholds, which know no None.
-                ample = None if router.chooses == "tokens" else float(router.num_experts)
-                router.options.capacity_factor = ample
-    yield bool(limited)
-    for router, factor in limited.items():
+            before[router] = router.options.capacity_factor
+            # Thresholds know no None; cf = E is room for every token.
+            ample = None if router.chooses == "tokens" else float(router.num_experts)
+            router.options.capacity_factor = ample
+    yield any(before.values())
+    for router, factor in before.items():
         router.options.capacity_factor = factor
 
 
@@ -544,11 +546,12 @@ def idle_parameters(model, tokens):
     for moe in model.modules():
         if isinstance(moe, MoE):
             o, E = moe.router.options, moe.router.num_experts
-            share = o.top_k * (o.capacity_factor or 1) / E
-            if moe.router.chooses == "tokens":
-                share = min(share, o.top_k / E)  # more slots do not give a token more experts
             if getattr(o, "slots", None):
                 share = o.slots / tokens
+            elif moe.router.chooses == "tokens":  # more slots do not give a token more experts
+                share = o.top_k / E * min(1, o.capacity_factor or 1)
+            else:
+                share = o.top_k / E * o.capacity_factor
             idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
 
@@ -598,7 +601,7 @@ def row(of_runs):
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
         texts[name] = ", ".join(parts)
-        if np.ndim(values) == 1 and deviation(values):
+        if np.ndim(values) == 1 and deviation(values):  # not of one for each block
             texts[name] += f" ± {deviation(values):,.3g}"
     return texts
 
@@ -665,7 +668,10 @@ def finished(folder):
 
 
 def compare(entries):
-    """Fill in the column "to the best" of entries, best first. A leaky one is never the best."""
+    """Fill in the column "to the best" of entries, best first. A leaky one is never the best.
+
+    A tie: the gap is at most the root of the summed squares of both deviations.
+    """
     fair = [entry for entry in entries if entry.runs[0].settings["label"] != "leaky"]
     best = (fair or entries)[0]
     for entry in entries:
@@ -687,9 +693,10 @@ EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 def specialization(settings, data, model):
     """How an expert's choice goes with the labels of tokens, in two forms.
 
-    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}; of much data only
-    every n-th token counts. Maps {block: {label: (counts [labels, E + 1], names)}}: column e counts
-    the tokens of each label at expert e, shared by weight if several serve one; the last, dropped.
+    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}, of tokens counted
+    by their experts' weights; of much data only every n-th. Maps {block: {label: (counts [labels,
+    E + 1], names)}}. Column e: each label's tokens at expert e, split by weight among several; the
+    last: dropped.
     """
     model.eval()
     gathered, names_of, start = {}, {}, 0
@@ -714,8 +721,8 @@ def specialization(settings, data, model):
         share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
         counts = share.new_zeros(len(names_of[name]), share.shape[1]).index_add(0, label, share)
         contingency.setdefault(block, {})[name] = counts, names_of[name]
-        if len(label) and owner[0] >= 0:
-            n = 2 * (weight.numel() // EXAMINED) + 1  # odd, to meet all places of an image
+        if len(label) and owner[0] >= 0:  # -1: no NMI
+            n = 2 * (weight.numel() // EXAMINED) + 1  # odd: it meets all places of an 8 x 8 image
             value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
             bounds = [float(np.mean(null)), float(np.quantile(null, 0.95))]
             found.setdefault(block, {})[name] = [value, *bounds]
@@ -725,13 +732,15 @@ def specialization(settings, data, model):
 def nmi_and_null(weight, label, owner, draws=100):
     """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
-    Owners are units that have one label, as a document its topic, or one routing, as a sequence
-    that is routed whole. By chance each owner's labels meet the experts of a random owner.
+    All tokens of an owner have one label (a document's topic), or one routing (a sequence that is
+    routed whole). By chance: each owner's labels meet the experts of a random owner.
     """
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
     routed.index_add_(0, index, weight.double())
-    share = 1 / index.bincount()[index].double()[:, None]  # a token's part of its owner's routing
+    share = (
+        1 / index.bincount()[index].double()[:, None]
+    )  # an owner's tokens split its routing evenly
     found, other, g = [], torch.arange(len(owners)), seeded("null")
     for _ in range(1 + draws):
         counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
@@ -761,7 +770,8 @@ PAGE = """<!doctype html>
   pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }}
   pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
   .map {{ display: inline-table; margin-right: 2em; }}
-  .map td {{ width: 22px; height: 22px; padding: 0; border: 1px solid #ddd; }}
+  .map td {{ width: 24px; height: 22px; padding: 0; border: 1px solid #ddd; font-size: 12px;
+            text-align: center; color: #e60; font-weight: bold; }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -790,7 +800,7 @@ def run_page(data, model, summary, shown, lines, contingency):
             if len(contingency[block][label][1]) <= 24:  # more rows are no picture
                 gains[block, label] = value - by_chance
     for block, label in sorted(gains, key=gains.get, reverse=True)[:3]:
-        heading = f"Block {block}: each {label} by expert; dark is all of it"
+        heading = f"Block {block}: % of each {label} by expert"
         body.append(heat_map(heading, *contingency[block][label]))
     body.append(data.pictures(model, contingency))
     title = escape(f"Router {summary['router']} on {data.examples}")
@@ -824,6 +834,7 @@ def heat_map(heading, counts, names):
         page += f"<tr><th>{escape(str(name))}"
         for value in values:
             page += f'<td style="background:rgba(8,48,107,{value:.2f})" title="{value:.3f}">'
+            page += f"{100 * value:.0f}" if value >= 0.1 else ""
     return f"<table class=map>{page}</table>"
 
 
@@ -874,8 +885,8 @@ class Record:
             flock(self.lines, LOCK_EX | LOCK_NB)  # until the record goes, and closes it
         except BlockingIOError:
             raise ValueError(f"{self.folder} is in use: another process trains there") from None
-        except (OSError, NameError):
-            pass  # some file systems have no locks, nor has Windows
+        except (OSError, NameError):  # NameError: Windows has no flock
+            pass  # nor have some file systems
         self.lines.seek(self.lines.truncate(self.end))
         (self.folder / "summary.json").unlink(missing_ok=True)
         if "data" in overrides:
@@ -947,7 +958,7 @@ def read_lines(folder):
 
 @contextmanager
 def signals():
-    """Inside, Ctrl-C and SIGTERM wait for the end of the step: a list of those caught."""
+    """Inside, Ctrl-C and SIGTERM wait for the end of the step. Yields a list of those caught."""
     caught = []
     with ExitStack() as after:
         for number in signal.SIGINT, signal.SIGTERM:
@@ -974,7 +985,7 @@ def process_group():
         if rank:  # but each its own failure
             why = " ".join(repr(error.__cause__ or error).split())
             print(f"train.py: process {rank}: {why}", file=sys.__stderr__)
-        raise  # with the group alive: to destroy it would wait for others, whom torchrun ends
+        raise  # destroying the group would wait for the others, whom torchrun ends
     dist.barrier()  # process 0 has evaluations and the table to finish
     dist.destroy_process_group()
 
@@ -995,7 +1006,7 @@ def wrap(settings, model):
 
 
 def parts_of_batch(settings):
-    """The slice of the batch in each part that this process computes: processes take turns."""
+    """The slices of a batch that this process computes, one for each part of the batch."""
     rank, count = processes()
     rows = settings.batch_size // settings.grad_accum // count
     starts = range(rank * rows, settings.batch_size, count * rows)
@@ -1018,11 +1029,11 @@ BENCH_SECONDS = 2.0  # in which a call is repeated
 def bench(overrides):
     """--bench: milliseconds of an MoE layer, forward and backward: of every router, or --router.
 
-    In ratio to a dense FFN of the experts' FLOPs, and to the experts alone on as many slots.
+    Ratios: to a dense FFN of the experts' FLOPs, and to the experts alone, on the same slots.
     """
     b = dict(router="all", dim=256, hidden=1024, experts=16, compile=False)
     b = SimpleNamespace(**(b | dict(dtype="auto", device="auto") | overrides))
-    x, rows = torch.randn(16, 256, b.dim, device=pick_device(b), requires_grad=True), []
+    x, rows = torch.randn(16, 256, b.dim, device=pick_device(b)), []
     dense = dense_ffn(b.dim, b.hidden).to(x.device)
     for name in ROUTERS if b.router == "all" else [b.router]:
         known = ROUTERS[name].defaults if b.router == "all" else OPTIONS
@@ -1030,12 +1041,14 @@ def bench(overrides):
         router = build_router(name, b.dim, b.experts, tokens=x.shape[1], **options)
         moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(x.device)
         routing = moe(x)[1]
-        slots = routing.dispatch(x).detach().requires_grad_()  # [G, E, C, D]
-        work = sum(routing.filled) if routing.filled else slots[..., 0].numel()  # slots that run
-        vectors = slots.detach().flatten(0, 2)[:work].requires_grad_()
-        layer = milliseconds(b, wrap(b, moe), x)
-        ffn = milliseconds(b, dense, vectors)
-        experts = milliseconds(b, moe.experts, slots)
+        slots = routing.dispatch(x).detach()  # [G, E, C, D]
+        vectors = slots.flatten(0, 2)  # as many as slots are run
+        if routing.filled:  # dropless: without the empty ones
+            slots = vectors = vectors[: sum(routing.filled)]
+        layer = milliseconds(b, torch.compile(moe, fullgraph=True) if b.compile else moe, x)
+        ffn = milliseconds(b, dense, vectors.clone())
+        bare = functools.partial(moe.experts, filled=routing.filled)
+        experts = milliseconds(b, bare, slots.clone())
         texts = {"router": name, "ms": f"{layer:.1f}", "/ dense": f"{layer / ffn:.2f}"}
         rows.append(texts | {"/ bare experts": f"{layer / experts:.2f}"})
     print(f"{x.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -1044,6 +1057,7 @@ def bench(overrides):
 
 def milliseconds(b, call, x):
     """The median time of call(x) and its backward."""
+    x = x.detach().requires_grad_()
 
     def both():
         with precision(b, x.device):
@@ -1077,7 +1091,7 @@ def command(words):
     """Train the runs that are asked for and make their table, or do something else."""
     with mistakes():
         action, lists = parse(words)
-        overrides = {name: values[0] for name, values in lists.items()}  # of an action
+        overrides = {name: values[0] for name, values in lists.items()}  # in a grid, of one run
         several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
         if action == "resume":
             out = pathlib.Path(overrides.pop(action))
@@ -1128,8 +1142,8 @@ def sample(overrides):
 def runs_to_do(lists, several):
     """The output folder, and {folder: overrides} of unfinished runs, from {setting: [values]}.
 
-    In a grid, every combination is a run. What a router lacks is left out of its runs; equal runs
-    are one, finished ones done; with --router all, routers that cannot take the settings go.
+    A grid runs every combination, each without what its router lacks, and without equal or finished
+    runs; with --router all, without routers that cannot take the settings.
     """
     task, router = (lists.get(name, [SETTINGS[name][1]])[0] for name in ("task", "router"))
     name = f"grid-{task}" if several else f"{task}-{router}-{time.strftime('%m%d-%H%M%S')}"
@@ -1161,7 +1175,7 @@ def runs_to_do(lists, several):
             runs.setdefault(folder, overrides)
     if unused:
         chosen = f"--router {' '.join(lists.get('router', [router]))} on --task {task}"
-        raise ValueError(f"{chosen} has no {', '.join(map(flag, unused))}")
+        raise ValueError(f"{chosen} has no {', '.join(map(flag, sorted(unused)))}")
     for router, error in left_out.items():
         print(f"left out: {router}: {error}")
     return out, runs
@@ -1198,7 +1212,9 @@ def parse(words):
         lists[name] = value if isinstance(value, list) else [value]  # --compile is no list
     action = next((name for name in ACTIONS if lists.get(name, [None])[0]), None)
     for name, values in lists.items():
-        if action == "resume" and (name not in RESUMED or len(values) > 1):
+        if action and len(values) > 1:
+            raise ValueError(f"{flag(name)} takes one value beside {flag(action)}")
+        if action == "resume" and name not in RESUMED:
             raise ValueError(f"{flag(name)} cannot change in a run that is resumed")
         for value in values:
             least = 1 if type(value) is int and name not in ("seed", "shared") else 0
@@ -1208,17 +1224,13 @@ def parse(words):
 
 
 def default_text(name, default):
-    """The default in brackets, also that of size tiny, and of routers that differ."""
-    texts = []
-    for task, module in TASKS.items():
-        if name in module.SIZES["tiny"]:
-            texts.append(f"{task}, tiny: {module.SIZES['tiny'][name]}")
-    if to_text(default) not in ("none", "False", ""):
-        texts.append(to_text(default))
-    for router, kind in ROUTERS.items():
-        own = (kind.defaults | kind.train_defaults).get(name, default)
-        if own != default:
-            texts.append(f"{router}: {to_text(own)}")
+    """The default in brackets, then those of size tiny and of routers, where they differ."""
+    texts = [to_text(default)] if to_text(default) not in ("none", "False", "") else []
+    others = {f"{task}, tiny": module.SIZES["tiny"] for task, module in TASKS.items()}
+    others |= {router: kind.defaults | kind.train_defaults for router, kind in ROUTERS.items()}
+    for owner, theirs in others.items():
+        if theirs.get(name, default) != default:
+            texts.append(f"{owner}: {to_text(theirs[name])}")
     return f"({'; '.join(texts)})" if texts else ""
 
 
@@ -1227,7 +1239,7 @@ def flag(name):
 
 
 def to_text(value):
-    """A value as the command line takes it."""
+    """A value as text; none and lists as the command line takes them."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "none" if value is None else str(value)
