@@ -637,7 +637,6 @@ WRONG = [  # a router, options against a rule, and what the error says
     ("expert_choice", dict(capacity_factor=None), "is for routers in which tokens choose, got Exp"),
     ("soft", dict(tokens=None), "soft needs slots, or tokens to count them from"),
     ("soft", dict(slots=0), f"slots {WHOLE} slots=0"),
-    ("soft", dict(num_experts=0), f"num_experts {WHOLE} num_experts=0"),
     ("hash", dict(top_k=1.5), f"top_k {WHOLE} top_k=1.5"),
     ("hash", dict(top_k=True), f"top_k {WHOLE} top_k=True"),
     ("expert_threshold", dict(top_k=4), "top_k must be at most num_experts=3, got top_k=4"),
@@ -1075,12 +1074,11 @@ WRONG_FLAGS = [
     ("--heads 3", "--heads must divide --dim, got --heads 3 and --dim 16"),
     ("--grad-accum 3", "must divide --batch-size 8, got 3"),
     ("--steps 0", "--steps must be at least 1, got 0"),
-    ("--patch 5", "--patch must divide the image size 32, got 5"),
     ("--head patch --data x", "--head patch is for drawn images"),
     ("--resume nowhere", "nowhere"),
+    ("--head class patch", "--head takes one value, got 2"),
     ("--resume x --dim 16", "--dim cannot change in a run that is resumed"),
     ("--out full", "--out full is not empty"),
-    ("--router token_choice --top-k 1 5", "top_k must be at most num_experts=4"),  # of a grid
 ]
 
 
@@ -1335,7 +1333,6 @@ def test_statistics_of_a_routing_worked_out_by_hand():
     sums = train.block_sums({1: HardRouting(None, seats, torch.ones(1, 4, 3), 2, wants=wants)})
     expected = {"load_max": 2, "dead": 1, "dropped": 0.5, "entropy": 0}
     assert train.block_stats(sums)[1] == pytest.approx(expected)
-    assert train.block_stats({1: 3 * sums[1]})[1] == pytest.approx(expected)  # of a sum, the same
 
 
 def test_a_bug_in_a_readers_router_keeps_its_traceback(monkeypatch, album, here):
@@ -1345,6 +1342,8 @@ def test_a_bug_in_a_readers_router_keeps_its_traceback(monkeypatch, album, here)
     monkeypatch.setattr(TokenChoice, "logits", logits)
     with pytest.raises(ValueError, match="too many values to unpack"):
         train.main(words_of([SMALL, album, "--router token_choice --out run"]))
+    monkeypatch.setattr(train, "make_router", Mock(side_effect=KeyError("tau")))
+    assert "'tau' (KeyError, " in refused(SMALL, album, "--router token_choice --out other")
 
 
 def test_no_number_that_is_not_finite_is_ever_written(shelf, here):
@@ -1505,6 +1504,7 @@ def test_nanogpt_files_are_mapped_trained_on_and_say_their_vocabulary(here):
 WRONG_TEXT = [(flags, "--allow-leak runs it, every number labeled leaky") for flags in LEAKY]
 WRONG_TEXT += [
     ("--router expert_choice --unit sequence", "--unit sequence needs a dropless router"),
+    ("--router hash --unit sequence --capacity-factor 1", "needs a dropless router"),
     ("--router dense --data nowhere", "nowhere holds no text, or does not exist"),
     ("--router dense --context 999", "too few for --batch-size 4"),
     ("--router dense --data latin.txt", "latin.txt is not UTF-8 at byte 2"),
@@ -1555,6 +1555,8 @@ def test_a_finished_run_writes_on_from_a_prompt_or_says_why_not(shelf, here):
         assert texts[-1].startswith("the cat") and "sampled dropless" in texts[-1]
     assert texts[0] == texts[1] and texts[2] != texts[3]
     assert "needs at least 8 tokens in this run, got 4" in refused("--sample b --prompt", "the cat")
+    (here / "b/checkpoint.pt").unlink()
+    assert "b has no checkpoint yet" in refused("--sample b")
 
 
 def test_sampling_keeps_to_the_likeliest_tokens():
@@ -1570,7 +1572,6 @@ def test_sampling_keeps_to_the_likeliest_tokens():
 
 # ================================================================ what experts specialize in
 def test_nmi_equals_values_worked_out_by_hand_and_its_null_permutes_whole_units():
-    assert train.nmi(torch.eye(4)) == pytest.approx(1)
     assert train.nmi(torch.ones(3, 5)) == pytest.approx(0)
     assert train.nmi(torch.tensor([[1.0, 0], [1, 0]])) == pytest.approx(0)
     p = torch.tensor([[0.5, 0.0], [0.25, 0.25]])  # H = 1 bit and 0.8113 bits, I = 0.3113 bits
@@ -1605,14 +1606,11 @@ def test_a_report_of_images_holds_the_printed_table_curves_and_maps_and_is_clear
     text = run(SMALL, "--router token_choice --capacity-factor 0.5 --steps 4 --out run")
     page, drawn = page_of("run/report.html")
     assert text.partition("\n")[2].rpartition("\n->")[0] in page and "drawn images" in page
-    assert "untrained" not in page.replace("10-shot, untrained", "")  # it is said of what
     assert [name.split()[0] for name in drawn] == ["training", "load_max", "dropped", "entropy"]
     losses = [line["loss"] for line in lines_of("run")[:4]]
     (heights,) = drawn["training loss"]
     assert np.argsort(heights).tolist() == np.argsort(losses)[::-1].tolist()
-    (kinds,) = re.findall(
-        r"<caption>Block 1: % of each patch kind by expert</caption>(.*?)</table>", page, re.S
-    )
+    (kinds,) = re.findall("patch kind by expert</caption>(.*?)</table>", page, re.S)
     _, *rows = re.split("<th>(?:background|edge|interior)", kinds)
     for row in rows:
         shares = [float(share) for share in re.findall(r'title="([\d.]+)"', row)]
@@ -1853,8 +1851,6 @@ def test_resume_finds_its_data_from_any_folder_and_refuses_other_data(kind, here
     assert run("--resume ../home/run").partition("\n->")[0] == text.partition("\n->")[0]
     write_data(kind, here / "home", seed=2)  # changed in place
     assert "was trained on other data" in refused("--resume ../home/run --steps 5")
-    write_data(kind, here / "home", seed=0)
-    run("--resume ../home/run --steps 5")
 
 
 @pytest.mark.parametrize("content", [b"", pickle.dumps(Bomb(), protocol=2)])
@@ -1872,9 +1868,8 @@ def test_a_run_folder_in_use_is_refused_but_a_disk_without_locks_is_not(here, mi
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "run is in use: another process trains there" in refused("--resume run --steps 9")
     assert before == {path: path.read_bytes() for path in (here / "run").iterdir()}
-    for i, number in enumerate((errno.ENOLCK, errno.ENOSYS)):
-        monkeypatch.setattr(train, "flock", Mock(side_effect=OSError(number, "no locks")))
-        run("--resume run --steps", 5 + i)
+    monkeypatch.setattr(train, "flock", Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+    run("--resume run --steps 5")
 
 
 def test_a_full_disk_gets_one_line_and_what_was_saved_stays_whole(here, mine):
