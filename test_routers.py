@@ -1417,7 +1417,7 @@ def test_a_sequence_goes_whole_to_what_its_prefix_chooses_and_a_global_routing_s
     routings = b.model(b.tokens)[1]
     assert len(routings) == 2 and routings[0] is routings[1]
     alone, both = b.data.loss(b.model, b.data.batch(0))[2][0], step_of(b, 0).losses
-    assert both["balance"].item() == pytest.approx(float(alone.losses["balance"]))  # counts once
+    assert both["balance"].item() == pytest.approx(alone.losses["balance"].item())  # counts once
 
 
 SCRIPT = """def naïve(x):\r\n\t return x  ** 2 # 日本語 \U0001f600\n\n
@@ -1975,7 +1975,7 @@ def test_readmes_python_blocks_run_and_its_router_and_ones_own_become_flags(here
     assert python("-OO", "-c", code % lines).endswith("[0, 0]\n")  # without asserts and docstrings
     s = json_of(here / "w/config.json")["settings"]
     assert (s["warmth"], s["x"], s["capacity_factor"]) == (0.5, 3, None)
-    found = python("-m", "pytest", "-q", pathlib.Path(__file__).name, "-k", name)
+    found = python("-m", "pytest", "-q", pathlib.Path(__file__).name, "-k", f"{name} and not graph")
     assert int(re.search(r"(\d+) passed", found)[1]) >= 20
 
 
