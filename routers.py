@@ -74,7 +74,7 @@ class MoE(nn.Module):
         if routing.filled is None or not isinstance(self.experts, Experts):
             slots = routing.dispatch(x)  # [G, E, C, D]
             y = routing.combine(self.experts(slots))  # [G, T, D]
-        else:  # dropless, and experts that can skip empty slots: the same y
+        else:  # dropless: skips the empty slots; same y
             y = run_filled(routing, x, self.experts)
         if self.shared is not None:
             tokens = x.unflatten(-1, (-1, self.router.dim))  # [G, T, n, D], mostly n = 1
@@ -89,7 +89,7 @@ class Routing:
     slots_per_token    [G, T], in how many slots each sits; 0: it is dropped
     tokens_per_expert  [E], how many tokens want each expert; in Soft MoE, its total weight
     load               [E], each expert's share of that
-    notes              become attributes, as logits, gates (rows sum to 1), for losses_of()
+    notes              become attributes, for losses_of(): logits, gates, ...
     """
 
     gates = None  # where a router has none
@@ -144,8 +144,8 @@ class Router(nn.Module):
                     grows with T: a token dropped in a short text may find a slot in a longer one.
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
-    aux_losses      the losses that it offers. What they read must be notes: logits (z, importance,
-                    load), gates (importance, balance), noisy (load); for a quantile bias, scores
+    aux_losses      the losses that it offers. Notes that they read: logits (z, importance, load),
+                    gates (importance, balance), noisy (load); a quantile bias reads scores
     train_defaults  train.py's settings for it, beside its options
     """
 
@@ -186,8 +186,8 @@ class Router(nn.Module):
         gate = self.gate_in_use()
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
-            cast = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
-            return torch.func.functional_call(gate, cast, x)
+            in_float = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
+            return torch.func.functional_call(gate, in_float, x)
 
     def gate_in_use(self):
         """The random gate in training, where there is one; else, and in evaluation, self.gate."""
@@ -262,6 +262,7 @@ class TokenChoice(Router):
     def forward(self, x, key=None):
         o, C = self.options, self.capacity(x.shape[1])
         logits = self.logits(x)  # [G, T, E], as all that follow
+        gates = self.gates(logits)  # without noise: losses and statistics read them
         noisy = self.add_noise(logits)
         scores, weights = self.scores_and_weights(logits, noisy)  # here both are softmax(noisy)
         biased = scores + self.bias if o.bias_rate else scores
@@ -271,7 +272,6 @@ class TokenChoice(Router):
             weights = weights / total.clamp(min=1e-20)  # never 0 / 0
         rank = None if o.priority == "token" else rank_in_line(o.priority, scores, biased)
         seats = first_come(wants, C, rank)
-        gates = self.gates(logits)  # without noise: losses and statistics read them
         notes = dict(logits=logits, noisy=noisy, gates=gates, scores=scores.detach())
         return HardRouting(self, seats, weights, C, wants=wants, **notes)
 
@@ -291,7 +291,7 @@ def largest(scores, k, dim):
     scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN wins, so y shows it
     kth = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     above, equal = scores > kth, scores == kth
-    needed = k - above.sum(dim, keepdim=True)
+    needed = k - above.sum(dim, keepdim=True)  # of the equal ones
     return above | (equal & (equal.cumsum(dim, dtype=torch.int32) <= needed))
 
 
@@ -307,7 +307,7 @@ def first_come(wants, capacity, rank=None):
         in_line = wants.mT.contiguous().cumsum(2, dtype=torch.int32).mT  # 1 for the first
     else:
         order = torch.where(wants, rank, wants.numel()).argsort(dim=1, stable=True)
-        in_line = order.argsort(dim=1) + 1
+        in_line = order.argsort(dim=1) + 1  # sorted twice: places in line
     return wants & (in_line <= capacity)
 
 
@@ -344,7 +344,7 @@ class HardRouting(Routing):
         return dispatch.to(combine.dtype), combine
 
     def rows(self):
-        """Which row of x [G * (T + 1), D] each slot holds, [E, G * C]: expert after expert.
+        """[E, G * C]: for each slot, the row of its token in x, padded to [G * (T + 1), D].
 
         Each group ends in a row of zeros, which empty slots read and write.
         """
@@ -366,7 +366,8 @@ class HardRouting(Routing):
 
     def combine(self, y):
         (G, T, _), rows = self.seats.shape, self.rows()
-        weights = F.pad(self.weights, (0, 0, 0, 1)).flatten(0, 1).T.gather(1, rows)  # [E, G * C]
+        padded = F.pad(self.weights, (0, 0, 0, 1)).flatten(0, 1)  # [G * (T + 1), E]
+        weights = padded.T.gather(1, rows)  # [E, G * C]
         weighted = y.transpose(0, 1).flatten(0, 2) * weights.flatten()[:, None].to(y.dtype)
         sums = y.new_zeros(G * (T + 1), y.shape[3]).index_add_(0, rows.flatten(), weighted)
         return sums.unflatten(0, (G, T + 1))[:, :-1]
@@ -442,8 +443,8 @@ class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked: one batched product a layer.
 
     For other experts, make_weights() sets parameters [E, ...], and `names` lists them as expert()
-    takes them; names in b... get no weight decay. They are not nn.Linear: a function that
-    initializes those misses them.
+    takes them; those whose names begin with b get no weight decay. An init function for nn.Linear
+    skips them.
     """
 
     names = ("w1", "b1", "w2", "b2")
@@ -546,9 +547,9 @@ def sinkhorn_plan(logits, iterations=20):
 
         argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
 
-    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1. Columns sum to nearly T/E if a
-    token's logits differ by a few units; at a hundred some are off by half. Differs: in the log
-    domain, so that no logit overflows; autograd runs through every iteration.
+    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1. Columns come near T/E if a
+    token's logits span a few units; if a hundred, some miss by half. Differs: in the log domain, so
+    that no logit overflows; autograd runs through every iteration.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -564,9 +565,9 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
         argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
     gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. alpha is a
-    bonus of each row: given it, each column is a projection. Adam raises it where a row gets too
-    little, `iterations` times or until a group's rows are off by at most 1e-3, as a norm. Columns
-    are exact, rows approximate. Differs: a gradient passes the last projection.
+    bonus on each row; a column of P is the projection of gates + alpha. Adam raises alpha where a
+    row gets too little: at most `iterations` times; a group stops when the norm of its rows' errors
+    is <= 1e-3. Columns are exact, rows approximate. Differs: a gradient passes the last projection.
     """
     G, T, E = gates.shape
     column_sum = T / E if column_sum is None else column_sum
@@ -588,13 +589,13 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
 def project(z, k):
     """Each column of z [G, T, E], over T, projected on the simplex with at most k non-zeros.
 
-    Only its k largest entries stay. Subtract one threshold and clip at 0, so that they sum to 1.
+    Its k largest entries stay, less the threshold that, after a clip at 0, makes their sum 1.
     """
     k = min(k, z.shape[1])
     values = z.topk(k, dim=1).values  # [G, k, E], falling
     count = torch.arange(1, k + 1, device=z.device, dtype=z.dtype)[:, None]
     threshold = (values.cumsum(1) - 1) / count  # if just `count` entries stay
-    # Clamped: none stays if z is not finite, or so large that z - 1 is z.
+    # If z is not finite, or so large that z - 1 is z, the support would be 0.
     support = (values > threshold).sum(1, keepdim=True).clamp(min=1)
     return (z - threshold.gather(1, support - 1)).clamp(min=0) * largest(z, k, dim=1)
 
@@ -665,9 +666,9 @@ class Hash(Router):
 class ExpertThreshold(Router):
     """A token goes to every expert whose gate reaches that expert's threshold (2603.11535).
 
-    Expert choice made causal: update() keeps the threshold at a running mean of the (1 - K/E)
-    quantile of a group's gates, so that on average a token passes K thresholds. The first update
-    replaces the start, 1/E. Differs: the paper's quantile is that of all tokens together.
+    Expert choice made causal: an expert's threshold is a running mean, kept by update(), of the
+    (1 - K/E) quantile of its gates in a group, so that a token passes K of them on average. The
+    first update replaces the start, 1/E. Differs: the paper's quantile is of all tokens together.
     """
 
     chooses = "threshold"
@@ -724,7 +725,8 @@ def build_router(name, dim, num_experts, **options):
 # ================================================================ Later: lines, biases, no drops
 def rank_in_line(priority, scores, biased):
     """Numbers [G, T, E], lowest first in line: all first choices stand before all second."""
-    T, falling = scores.shape[1], dict(descending=True, stable=True)
+    T = scores.shape[1]
+    falling = dict(descending=True, stable=True)
     place = torch.arange(T, device=scores.device)[:, None]
     if priority == "gate":  # the surest token first
         place = scores.amax(2, keepdim=True).argsort(dim=1, **falling).argsort(dim=1)
@@ -736,9 +738,9 @@ def move_bias(router, routings):
     """After a step: raise the bias [E] of experts that too few tokens want, lower that of others.
 
     "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): a token's bar is its (K+1)-th
-    largest score plus bias, and an expert's margin there is by how much it beats the bar. The bias
-    moves by bias_rate times its (q+1)-th largest margin, downwards: at rate 1, and if the others
-    stood still, an expert that too many want is left with q tokens, the even share.
+    largest score plus bias, an expert's margin there its score plus bias, less the bar. Its bias
+    falls by bias_rate times its (q+1)-th largest margin, where q is the even share of tokens: at
+    rate 1, if other biases stood still, q tokens would still want an expert that too many want.
     """
     o, bias, E = router.options, router.bias, router.num_experts
     if o.bias_update == "sign":
@@ -763,13 +765,13 @@ def run_filled(routing, x, experts):
     x [G, T, D] -> y [G, T, D]. The number of filled slots is known: nothing waits for the device.
     """
     seats, weights = routing.seats.permute(2, 0, 1), routing.weights.permute(2, 0, 1)  # [E, G, T]
-    # Where in seats a True stands, expert after expert; then which row of x [G * T, D] that is.
+    tokens = x.flatten(0, 1)  # [G * T, D]
+    # Where in seats a True stands, expert after expert; then whose row of tokens that is.
     place = seats.flatten().nonzero_static(size=sum(routing.filled)).flatten()
-    row = place % (x.shape[0] * x.shape[1])
-    x = x.flatten(0, 1)
-    y = experts(x.index_select(0, row), routing.filled)  # [N, D]
+    row = place % len(tokens)
+    y = experts(tokens.index_select(0, row), routing.filled)  # [N, D]
     weighted = y * weights.flatten().index_select(0, place)[:, None].to(y.dtype)
-    return y.new_zeros(x.shape).index_add_(0, row, weighted).unflatten(0, seats.shape[1:])
+    return y.new_zeros(tokens.shape).index_add_(0, row, weighted).view(x.shape)
 
 
 def one_by_one(experts, slots, filled, weights):
@@ -818,8 +820,8 @@ def load_loss(logits, noisy_logits, top_k, noise_std):
     """Squared coefficient of variation of the experts' chances, averaged over tokens.
 
     A chance: to be among a token's K largest noisy logits under fresh noise (V-MoE, app. A). logits
-    without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]. Differs
-    from 1701.06538, as published: the threshold is the K-th noisy logit of all experts.
+    without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]. As in
+    the published code, unlike 1701.06538, the threshold is the K-th noisy logit of all experts.
     """
     threshold = noisy_logits.topk(top_k).values[..., -1:]  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]

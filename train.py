@@ -92,7 +92,7 @@ def anything(word):
 
 
 # name: (type, default, help). A type is bool, a tuple of choices, or a function of a word. Whole
-# numbers are at least 1 (seed and shared: 0), other numbers at least 0. None: as the size says.
+# numbers are at least 1 (seed and shared: 0), other numbers at least 0. None: see the help.
 SETTINGS = {
     "task": (tuple(TASKS), "vision", "what to learn from: images or text"),
     "router": ((*ROUTER_KINDS, "all"), "expert_choice", "who sends tokens to experts"),
@@ -118,7 +118,11 @@ SETTINGS = {
     "shared": (int, 0, "more experts, which every token passes"),
     "moe_blocks": (blocks, None, "blocks with experts, such as 1,3; by default as the task says"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
-    "balance": (tuple(BALANCE), "none", "the losses of a paper; or a bias, moved by a rule"),
+    "balance": (
+        tuple(BALANCE),
+        "none",
+        "losses of a paper (vmoe: with --noise-std, load too); or a bias",
+    ),
     "balance_weight": (float, None, "weight of its losses; by default that of the paper"),
 }
 OPTION_HELP = {
@@ -245,7 +249,7 @@ def resolve(overrides):
     else:
         s.width = s.hidden * (s.experts + s.shared)
         del s.top_k
-    s.label = TASKS[s.task].resolve(s, router, overrides)  # of every result: "leaky", or ""
+    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or "", shown with every result
     s.title = f"{s.router} ({s.label})" if s.label else s.router
     if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
         raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
@@ -294,10 +298,11 @@ def reset_idle(s):
     weights = {getattr(s, name, "learned") for name in ("router_weights", "hash_weights")}
     idle = {
         "priority": getattr(s, "capacity_factor", 1) is None,  # dropless, all get a slot
+        "top_k": getattr(s, "slots", None) is not None,
         "capacity_factor": getattr(s, "slots", None) is not None,
         "balance_weight": not BALANCE[getattr(s, "balance", "none")],
         "bias_update": not getattr(s, "bias_rate", 0),
-        "router_lr": weights != {"learned"},  # no gate learns
+        "router_lr": weights != {"learned"},  # not every gate learns
     }
     for name, default in defaults_of({"task": s.task, "router": s.router}).items():
         if idle.get(name):
@@ -364,8 +369,9 @@ def make_optimizer(settings, model):
 def train_step(settings, data, model, optimizer, step, batch):
     """One optimizer step: forward and backward of each part of the batch, clip, step, update.
 
-    batch is the first part. Returns the sums for data.metrics(), the routers' losses with
-    grad_norm, block_sums() if the step is logged, and the next step's first part.
+    batch is the first part. data.loss() gives the mean loss, {name: sum}, {block: routing}. Returns
+    the sums for data.metrics(), the routers' losses with grad_norm, block_sums() if the step is
+    logged, and the next step's first part.
     FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
@@ -548,7 +554,7 @@ def idle_parameters(model, tokens):
             o, E = moe.router.options, moe.router.num_experts
             if getattr(o, "slots", None):
                 share = o.slots / tokens
-            elif moe.router.chooses == "tokens":  # more slots do not give a token more experts
+            elif moe.router.chooses == "tokens":  # cf > 1 adds slots, not experts
                 share = o.top_k / E * min(1, o.capacity_factor or 1)
             else:
                 share = o.top_k / E * o.capacity_factor
@@ -601,7 +607,7 @@ def row(of_runs):
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
         texts[name] = ", ".join(parts)
-        if np.ndim(values) == 1 and deviation(values):  # not of one for each block
+        if np.ndim(values) == 1 and deviation(values):  # scalars only
             texts[name] += f" ± {deviation(values):,.3g}"
     return texts
 
@@ -733,7 +739,7 @@ def nmi_and_null(weight, label, owner, draws=100):
     """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
     All tokens of an owner have one label (a document's topic), or one routing (a sequence that is
-    routed whole). By chance: each owner's labels meet the experts of a random owner.
+    routed whole). By chance: owners' routings are shuffled among the owners.
     """
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
@@ -885,8 +891,8 @@ class Record:
             flock(self.lines, LOCK_EX | LOCK_NB)  # until the record goes, and closes it
         except BlockingIOError:
             raise ValueError(f"{self.folder} is in use: another process trains there") from None
-        except (OSError, NameError):  # NameError: Windows has no flock
-            pass  # nor have some file systems
+        except (OSError, NameError):
+            pass  # Windows and some file systems have no flock
         self.lines.seek(self.lines.truncate(self.end))
         (self.folder / "summary.json").unlink(missing_ok=True)
         if "data" in overrides:
@@ -982,7 +988,7 @@ def process_group():
     try:
         yield
     except (Exception, SystemExit) as error:
-        if rank:  # but each its own failure
+        if rank:  # but every process its own failure
             why = " ".join(repr(error.__cause__ or error).split())
             print(f"train.py: process {rank}: {why}", file=sys.__stderr__)
         raise  # destroying the group would wait for the others, whom torchrun ends
@@ -1070,7 +1076,7 @@ def milliseconds(b, call, x):
 
 # ================================================================ Later: the command line
 def main(words=None):
-    """Run the command line; returns the exit status: 1 if a run diverged, 2 after a mistake."""
+    """Run the command line; returns the exit status, 1 if a run diverged. Mistakes exit with 2."""
     keep_memory()
     try:
         with mistakes(OSError), process_group():  # such as a full disk
@@ -1122,7 +1128,8 @@ def command(words):
 def sample(overrides):
     """--sample: print text that a finished run of --task tokens writes."""
     asked = defaults(moe_tokens.SAMPLING) | {"seed": 0, "device": "auto"} | overrides
-    asked, folder = SimpleNamespace(**asked), pathlib.Path(asked["sample"])
+    asked = SimpleNamespace(**asked)
+    folder = pathlib.Path(asked.sample)
     config = read_json(folder / "config.json")
     settings = resolve(config["overrides"] | {"device": asked.device})
     data = TASKS[settings.task].load_data(settings, pick_device(settings))
@@ -1142,8 +1149,8 @@ def sample(overrides):
 def runs_to_do(lists, several):
     """The output folder, and {folder: overrides} of unfinished runs, from {setting: [values]}.
 
-    A grid runs every combination, each without what its router lacks, and without equal or finished
-    runs; with --router all, without routers that cannot take the settings.
+    A grid is every combination, less settings that its router lacks, less equal and finished runs;
+    with --router all, less routers that reject a setting.
     """
     task, router = (lists.get(name, [SETTINGS[name][1]])[0] for name in ("task", "router"))
     name = f"grid-{task}" if several else f"{task}-{router}-{time.strftime('%m%d-%H%M%S')}"
@@ -1187,7 +1194,9 @@ def folder_in_grid(out, settings, axes):
     for axis in axes:
         if hasattr(settings, axis):
             name += f"-{axis}_{to_text(getattr(settings, axis))}"
-    return next(out.glob(f"*-{ending}"), out / f"{name}-{ending}")  # perhaps of other axes
+    return next(
+        out.glob(f"*-{ending}"), out / f"{name}-{ending}"
+    )  # it may exist, named by other axes
 
 
 def parse(words):
