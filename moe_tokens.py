@@ -625,11 +625,12 @@ def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
 
 
 def commonest(counts, pieces):
-    """The twelve commonest tokens of each expert, by counts [tokens, E + 1], as lines of text."""
+    """The twelve commonest tokens of each expert, by counts [tokens, E + 1]; a dot is a blank."""
     found = []
     for share in counts[:, :-1].T:  # the last column is no expert
         best = [pieces[i] for i in share.topk(12).indices if share[i] > 0]
-        found.append(" ".join(repr(piece.decode("utf-8", "replace"))[1:-1] for piece in best))
+        words = [repr(piece.decode("utf-8", "replace"))[1:-1].replace(" ", "·") for piece in best]
+        found.append(" ".join(words))
     return found
 
 

@@ -776,8 +776,7 @@ PAGE = """<!doctype html>
   pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }}
   pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
   .map {{ display: inline-table; margin-right: 2em; }}
-  .map td {{ width: 24px; height: 22px; padding: 0; border: 1px solid #ddd; font-size: 12px;
-            text-align: center; color: #e60; font-weight: bold; }}
+  .map td {{ width: 24px; height: 22px; border: 1px solid #ddd; font-size: 12px; padding: 0; }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -839,8 +838,9 @@ def heat_map(heading, counts, names):
     for name, values in zip(names, share.tolist()):
         page += f"<tr><th>{escape(str(name))}"
         for value in values:
-            page += f'<td style="background:rgba(8,48,107,{value:.2f})" title="{value:.3f}">'
-            page += f"{100 * value:.0f}" if value >= 0.1 else ""
+            ink = "#fff" if value > 0.5 else "#000"
+            page += f'<td style="background:rgba(8,48,107,{value:.2f});color:{ink}" align=center '
+            page += f'title="{value:.3f}">' + (f"{100 * value:.0f}" if value >= 0.1 else "")
     return f"<table class=map>{page}</table>"
 
 
