@@ -629,7 +629,6 @@ NUMBER, WHOLE = "must be a number >= 0, got", "must be a whole number >= 1, got"
 WRONG = [  # a router, options against a rule, and what the error says
     ("tokens", {}, f"unknown router 'tokens'; known: {', '.join(ROUTERS)}"),
     ("expert_choice", PLAN, "ExpertChoice has no option combine_weights; it has top_k, "),
-    ("hash", dict(gate="mlp"), "Hash has no option gate; it has top_k, "),
     ("hash", dict(hash_weights="learned"), "hash_weights=learned needs top_k >= 2, got top_k=1"),
     ("token_choice", dict(priority="last"), "priority must be one of token, choice, gate, got pri"),
     ("token_choice", dict(noise_std=-1), f"noise_std {NUMBER} noise_std=-1"),
@@ -1077,6 +1076,7 @@ WRONG_FLAGS = [
     ("--head patch --data x", "--head patch is for drawn images"),
     ("--resume nowhere", "nowhere"),
     ("--head class patch", "--head takes one value, got 2"),
+    ("--bench --router soft hash", "--router takes one value beside --bench"),
     ("--resume x --dim 16", "--dim cannot change in a run that is resumed"),
     ("--out full", "--out full is not empty"),
 ]
@@ -1112,6 +1112,7 @@ def test_help_shows_the_defaults_that_hold_also_where_they_differ_by_task_and_ro
     for balance, rule, rate in ("bias", "sign", 1e-3), ("quantile", "quantile", 1.0):
         s = train.resolve({"router": "token_choice", "balance": balance})
         assert (s.bias_update, s.bias_rate, s.loss_weights) == (rule, rate, {})
+    assert len({train.resolve(dict(router="soft", slots=4, top_k=k)).code for k in (1, 2)}) == 1
 
 
 # ================================================================ images
