@@ -607,7 +607,7 @@ def row(of_runs):
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
         texts[name] = ", ".join(parts)
-        if np.ndim(values) == 1 and deviation(values):  # scalars only
+        if np.ndim(values) == 1 and len(set(values)) > 1:  # scalars only
             texts[name] += f" ± {deviation(values):,.3g}"
     return texts
 
@@ -851,7 +851,8 @@ def grid_page(entries, shown):
     for entry in entries:
         points = [(done.cells["GFLOPs"], done.cells[column]) for done in entry.runs]
         reached[entry.name] = points * 2  # a line from a point to itself is a dot
-    picture = curves(column, reached, "GFLOPs", "stroke-width:9px;stroke-linecap:round")
+    heading, style = f"{column}: all runs of a row", "stroke-width:9px;stroke-linecap:round"
+    picture = curves(heading, reached, "GFLOPs", style)
     return PAGE.format(title="Results", body=f"<pre class=table>{escape(shown)}</pre>{picture}")
 
 
