@@ -840,7 +840,9 @@ def heat_map(heading, counts, names):
         for value in values:
             ink = "#fff" if value > 0.5 else "#000"
             page += f'<td style="background:rgba(8,48,107,{value:.2f});color:{ink}" align=center '
-            page += f'title="{value:.3f}">' + (f"{100 * value:.0f}" if value >= 0.1 else "")
+            page += f'title="{value:.3f}">'
+            if value >= 0.1:
+                page += f"{100 * value:.0f}"
     return f"<table class=map>{page}</table>"
 
 
@@ -1053,9 +1055,9 @@ def bench(overrides):
         if routing.filled:  # dropless: without the empty ones
             slots = vectors = vectors[: sum(routing.filled)]
         layer = milliseconds(b, torch.compile(moe, fullgraph=True) if b.compile else moe, x)
-        ffn = milliseconds(b, dense, vectors.clone())
+        ffn = milliseconds(b, dense, vectors)
         bare = functools.partial(moe.experts, filled=routing.filled)
-        experts = milliseconds(b, bare, slots.clone())
+        experts = milliseconds(b, bare, slots)
         texts = {"router": name, "ms": f"{layer:.1f}", "/ dense": f"{layer / ffn:.2f}"}
         rows.append(texts | {"/ bare experts": f"{layer / experts:.2f}"})
     print(f"{x.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
