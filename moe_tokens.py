@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
-from moe_vision import Block, fingerprint, printable, rows_of_step, seeded, send
+from moe_vision import Block, fingerprint, rows_of_step, seeded, send
 from routers import MoE
 
 POSITION_STD = 0.02  # deviation of positions and embeddings at the start, as in GPT-2
@@ -38,7 +38,7 @@ SIZES = {  # the model, then its budget; each entry is a setting of its own
     "small": dict(dim=384, depth=6, heads=6, hidden=1536, context=256, experts=8, vocab_size=4096,
                   steps=5000, batch_size=64, lr=1e-3),
     "base": dict(dim=768, depth=12, heads=12, hidden=3072, context=1024, experts=4, vocab_size=4096,
-                 steps=6000, batch_size=1024, grad_accum=64, lr=9.6e-4),
+                 steps=6000, batch_size=1024, lr=9.6e-4),
 }  # fmt: skip
 
 SETTINGS = {  # as in train.py: name: (type, default, what it is)
@@ -55,7 +55,7 @@ SAMPLING = {  # with --sample
     "prompt": (str, "\n", "text to go on from"),
     "max_new_tokens": (int, 200, "tokens to write"),
     "temperature": (float, 0.8, "0: always the likeliest token"),
-    "top_p": (float, 0.95, "draw from the likeliest tokens that hold this much probability"),
+
 }
 
 
@@ -121,8 +121,6 @@ def resolve(settings, router, overrides):
     s = settings
     if s.moe_blocks is None:
         s.moe_blocks = list(range(s.depth))  # as in the study
-    if s.data not in (None, *DATASETS):
-        s.data = str(pathlib.Path(s.data).absolute())  # so that --resume finds it from any folder
     if holds_bins(s.data):
         s.vocab_size = None  # the files bring their own
     if "renormalize" not in overrides and hasattr(s, "renormalize"):
@@ -177,7 +175,8 @@ class Text:
     batch, the same for every run of one seed; batches(split) are those of a split.
     """
 
-    examples = "sequences"  # speed is told in these per second
+    examples = "sequences"  # the unit of speed
+    sign = -1  # -1: of the first column, less is better
     splits = ("validation",)  # what is evaluated; the last one is for the table
     examined = "all"  # the split on which experts are examined: topics need many documents
 
@@ -306,7 +305,7 @@ class Text:
         return found
 
     def columns(self, summary):
-        """The table's columns that are this task's own: {name: number or None}."""
+        """The table's columns that are this task's own, {name: number or None}; the first ranks."""
 
         def bits(part):
             return summary.get(part, {}).get("bits_per_byte")
@@ -318,9 +317,7 @@ class Text:
             found["as generated"] = bits("validation") + lost
         return found
 
-    def score(self, summary):
-        """Ranks the rows of a table; higher is better."""
-        return -summary["validation"].get("bits_per_byte", summary["validation"]["loss"])
+
 
     def notes(self, contingency):
         """What is printed of the experts at the end: the commonest tokens of each."""
@@ -363,7 +360,7 @@ class Text:
             found.append(ids)
         self.fingerprint = fingerprint(*found)
         self.vocab_size = 64 * (largest // 64 + 1)  # a multiple of 64 runs faster
-        self.description = f"{printable(path)}: nanoGPT's format, vocabulary of {self.vocab_size}"
+        self.description = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
 
     def read_text(self, settings):
         if settings.vocab_size < 256:
@@ -398,7 +395,7 @@ class Text:
         self.vocab_size = len(pieces)
         name = f"standard library of Python {platform.python_version()}"
         if settings.data is not None:
-            name = printable(settings.data)
+            name = pathlib.Path(settings.data).name
         self.description = f"{name}: {len(documents)} documents, vocabulary of {self.vocab_size}"
 
 
@@ -441,7 +438,6 @@ class Tokenizer:
     def __init__(self, known):
         self.pieces = [bytes([i]) for i in range(256)] + known
         self.ids = {lexeme: 256 + i for i, lexeme in enumerate(known)}
-        self.cache = {}  # {lexeme: its ids}, of those met so far
 
     @classmethod
     def learn(cls, texts, vocab_size=4096):
@@ -453,12 +449,8 @@ class Tokenizer:
 
     def encode(self, text):
         """bytes -> array [N] of ids."""
-        ids = []
-        for lexeme in lexemes(text):
-            if lexeme not in self.cache:
-                self.cache[lexeme] = self.cut(lexeme)
-            ids.extend(self.cache[lexeme])
-        return np.array(ids, np.int32)
+        ids = itertools.chain.from_iterable(map(self.cut, lexemes(text)))
+        return np.fromiter(ids, np.int32)
 
     def cut(self, lexeme):
         """The id of a known lexeme; of another, those of its longest known beginnings."""
@@ -538,8 +530,10 @@ def read_documents(path):
     if path is None:
         skipped = "test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"
     documents = []
-    for file in files_below(root, skipped, set()):
-        if path is None and file.suffix != ".py":
+    files = [root] if root.is_file() else sorted(root.rglob("*.py" if path is None else "*"))
+    for file in files:
+        inner = file.relative_to(root).parts
+        if not file.is_file() or any(part[0] == "." or part in skipped for part in inner):
             continue
         raw = file.read_bytes()
         try:
@@ -555,15 +549,7 @@ def read_documents(path):
     return documents
 
 
-def files_below(path, skipped, seen):
-    """The file of this path, or the files below it, also through links; no folder twice."""
-    if path.is_file():
-        yield path
-    elif path.is_dir() and path.resolve() not in seen:  # links may lead in a circle
-        seen.add(path.resolve())
-        for inner in sorted(path.iterdir()):
-            if not inner.name.startswith(".") and inner.name not in skipped:
-                yield from files_below(inner, skipped, seen)
+
 
 
 def divide(documents):
@@ -594,7 +580,7 @@ def divide(documents):
 def sample(model, tokenizer, saved, asked):
     """Prompt and continuation, by a run of `saved` settings; ValueError if it cannot write them.
 
-    asked: prompt, max_new_tokens, temperature, top_p and seed.
+    asked: prompt, max_new_tokens, temperature and seed.
     """
     prompt = tokenizer.encode(asked.prompt.encode("utf-8", "surrogateescape")).tolist()
     if saved.pool == "mean":
@@ -602,25 +588,19 @@ def sample(model, tokenizer, saved, asked):
     if len(prompt) < saved.prefix:  # the router reads them
         rule = f"--prompt needs at least {saved.prefix} tokens in this run"
         raise ValueError(f"{rule}, got {len(prompt)}")
-    count, temperature = asked.max_new_tokens, asked.temperature
-    tokens = generate(model, prompt, count, temperature, asked.top_p, asked.seed)
+    tokens = generate(model, prompt, asked.max_new_tokens, asked.temperature, asked.seed)
     return tokenizer.to_text(tokens).decode("utf-8", "replace")
 
 
 @torch.no_grad()
-def generate(model, tokens, count, temperature=1.0, top_p=1.0, seed=0):
-    """`count` more tokens after a list: the likeliest at temperature 0, else drawn within top_p."""
+def generate(model, tokens, count, temperature=1.0, seed=0):
+    """`count` more tokens after a list: the likeliest at temperature 0, else drawn."""
     for step in range(count):
         context = torch.tensor([tokens[-model.context :]], device=model.position.device)
         logits, _ = model(context)
         chance = (logits[0, -1].float().cpu() / max(temperature, 1e-6)).softmax(-1)
-        chance, order = chance.sort(descending=True, stable=True)
-        likelier = chance.cumsum(0) - chance  # the probability of the tokens before this one
-        chance[likelier >= max(top_p, 1e-9)] = 0  # the first has none before it, and stays
-        place = 0
-        if temperature > 0:
-            place = int(chance.multinomial(1, generator=seeded(seed, "sample", step)))
-        tokens = tokens + [int(order[place])]
+        drawn = chance.multinomial(1, generator=seeded(seed, "sample", step))
+        tokens = tokens + [int(drawn if temperature > 0 else chance.argmax())]
     return tokens
 
 

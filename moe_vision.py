@@ -119,8 +119,6 @@ def resolve(settings, router, overrides):
     kind = DATASETS.get(s.data or "drawn", Stored)
     if s.head == "patch" and not issubclass(kind, Drawn):
         raise ValueError("--head patch is for drawn images, whose patches we know; --data has none")
-    if s.data not in (None, *DATASETS, *OFFICIAL):
-        s.data = str(pathlib.Path(s.data).absolute())  # so that --resume finds it from any folder
     return ""
 
 
@@ -138,6 +136,7 @@ class Images:
     """
 
     examples = "images"  # the unit of speed
+    sign = 1  # -1: of the first column, less is better
     splits = ("validation", "test")  # what is evaluated; the last one is for the table
     examined = "test"  # the split on which experts are examined
     fingerprint = ""  # identifies the data; --resume checks it
@@ -207,7 +206,7 @@ class Images:
         return {}
 
     def columns(self, summary):
-        """The table's columns that are this task's own: {name: number or None}."""
+        """The table's columns that are this task's own, {name: number or None}; the first ranks."""
         test, dropless = summary["test"], summary.get("test_dropless", {})
         few_shot = summary.get("few_shot", {})
         return {
@@ -218,9 +217,7 @@ class Images:
             "10-shot, untrained %": few_shot.get("untrained"),
         }
 
-    def score(self, summary):
-        """Ranks the rows of a table; higher is better."""
-        return summary["test"].get("miou", summary["test"]["top1"])
+
 
     def notes(self, contingency):
         """What is printed of the experts at the end: nothing of images."""
@@ -391,7 +388,7 @@ class Stored(Images):
         self.stored = {"train": (image[kept], label[kept])}
         self.stored |= {"validation": (image[held], label[held]), "test": test}
         sizes = f"{len(kept)} training, {len(held)} validation and {len(test[0])} test images"
-        self.description = f"{printable(settings.data)}: {sizes} of {classes} classes"
+        self.description = f"{pathlib.Path(settings.data).name}: {sizes} of {classes} classes"
         if not len(held) or self.batch_size > len(kept):
             raise ValueError(f"{self.description}: too few for --batch-size {self.batch_size}")
         pixels = self.stored["train"][0].to(torch.get_default_dtype()) / 255
@@ -477,9 +474,7 @@ def fingerprint(*arrays):
     return f"{lengths}, sha256 {digest.hexdigest()[:16]}"
 
 
-def printable(path):
-    """The last name of a path, which may hold any bytes, fit to print."""
-    return pathlib.Path(path).name.encode("utf-8", "replace").decode()
+
 
 
 TORONTO = "https://www.cs.toronto.edu/~kriz"

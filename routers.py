@@ -33,9 +33,8 @@ Words, the same in every file:
     dropped   a token that no expert serves
     dropless  C is as large as the fullest expert needs, so that no token is turned away
 
-Six routers are those of arXiv 2401.15969, Routers in Vision Mixture of Experts: TokenChoice and its
-Sinkhorn form, ExpertChoice and its Sinkhorn and sparse forms, Soft. "As published" is its code,
-google-research/vmoe at commit 942a78b; "Differs:" says where we depart from paper or code.
+Six routers are those of 2401.15969 (arXiv), Routers in Vision Mixture of Experts. "As published" is
+its code, google-research/vmoe at 942a78b; "Differs:" says where we depart from a paper or its code.
 
 Read up to the first "Later"; the rest is variations. To add a router, subclass one, return a
 HardRouting or a Routing, and add it to ROUTERS. Not here: experts on several machines, padding.
@@ -89,14 +88,13 @@ class Routing:
     slots_per_token    [G, T], in how many slots each sits; 0: it is dropped
     tokens_per_expert  [E], how many tokens want each expert; in Soft MoE, its total weight
     load               [E], each expert's share of that
-    notes              become attributes, for losses_of(): logits, gates, ...
     """
 
     gates = None  # where a router has none
     filled = None  # of a dropless HardRouting: how many slots each expert fills
 
     def __init__(self, dispatch, combine, router=None, **notes):
-        vars(self).update(notes, router=router)  # routing.logits, routing.gates, ...
+        vars(self).update(notes, router=router)  # routing.logits, ...: losses_of() reads them
         self._dispatch, self._combine = dispatch, combine
         self.expert_weights = combine.sum(3)
         self.slots_per_token = (dispatch != 0).sum((2, 3))
@@ -144,8 +142,7 @@ class Router(nn.Module):
                     grows with T: a token dropped in a short text may find a slot in a longer one.
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
-    aux_losses      the losses that it offers. Notes that they read: logits (z, importance, load),
-                    gates (importance, balance), noisy (load); a quantile bias reads scores
+    aux_losses      the losses that it offers; losses_of() says what they read
     train_defaults  train.py's settings for it, beside its options
     """
 
@@ -200,10 +197,7 @@ class Router(nn.Module):
         return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
 
     def scores_and_weights(self, logits, noisy):
-        """What decides and what weighs, both [G, T, E]: here both are softmax(noisy).
-
-        logits have no noise. TokenChoice adds its bias to the scores later.
-        """
+        """What decides and what weighs, both [G, T, E]. logits are those without noise."""
         gates = noisy.softmax(2)
         return gates, gates
 
@@ -317,9 +311,8 @@ class HardRouting(Routing):
         seats    who has a seat               dispatch[g,t,e,c] = 1 if t is the c-th seated at e
         weights  what e's output weighs       combine[g,t,e,c]  = dispatch[g,t,e,c] * weights[g,t,e]
 
-    The two equations become a gather and a scatter-add, for speed. wants [G, T, E]: who wanted a
-    seat, by default those who got one. If capacity is None, C is what the fullest expert needs, and
-    filled[e] is how many slots expert e fills in all groups.
+    The two equations become a gather and a scatter-add, for speed. wants: by default the seats. If
+    capacity is None, C is what the fullest expert needs, and filled says what each one fills.
     """
 
     def __init__(self, router, seats, weights, capacity, wants=None, **notes):
@@ -654,9 +647,8 @@ class Hash(Router):
         if key.shape != (G, T):
             raise ValueError(f"key must be [G, T] = {[G, T]}, got {list(key.shape)}")
         first = self.table[key.long() % len(self.table)]  # [G, T]
-        choices = first[..., None] + torch.arange(self.options.top_k, device=x.device)  # [G, T, K]
-        wants = torch.zeros(G, T, E, dtype=torch.bool, device=x.device)
-        wants.scatter_(2, choices % E, True)
+        after = (torch.arange(E, device=x.device) - first[..., None]) % E  # 0 for the first expert
+        wants = after < self.options.top_k  # [G, T, E]
         weights = at_least_float32(x).new_full(wants.shape, 1 / self.options.top_k)
         if self.options.hash_weights == "learned":
             weights = self.logits(x).masked_fill(~wants, -math.inf).softmax(2)

@@ -20,7 +20,6 @@ one line, status 1. Any other error is a bug, with its traceback.
 import argparse
 import ctypes
 import datetime
-import functools
 import gc
 import io
 import itertools
@@ -33,7 +32,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from html import escape
 from types import SimpleNamespace
 
@@ -79,6 +78,11 @@ def blocks(word):
     return sorted(set(map(int, word.split(","))))
 
 
+def path_or_name(word):
+    """A path as an absolute one, so that --resume finds it from any folder; or a set's name."""
+    return str(pathlib.Path(word).absolute()) if os.path.exists(word) else word
+
+
 def number_or_none(word):
     return None if word == "none" else float(word)
 
@@ -98,7 +102,7 @@ SETTINGS = {
     "router": ((*ROUTER_KINDS, "all"), "expert_choice", "who sends tokens to experts"),
     "size": (("tiny", "cifar", "small", "base"), "tiny", "a preset; cifar is for images alone"),
     "seed": (int, 0, "fixes data, weights and order"),
-    "data": (str, None, "a path, cifar10 or cifar100; else drawn images, the library's text"),
+    "data": (path_or_name, None, "a path, cifar10 or cifar100; else drawn images, library's text"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
     "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
     "compile": (bool, False, "torch.compile the model, without graph breaks"),
@@ -107,7 +111,6 @@ SETTINGS = {
     "save_every": (float, 5.0, "minutes between checkpoints; 0: one after every step"),
     "steps": (int, None, "optimizer steps"),
     "batch_size": (int, None, "examples a step"),
-    "grad_accum": (int, 1, "parts a batch is computed in"),
     "lr": (float, None, "peak learning rate; it rises for a tenth of the steps, then falls to 0"),
     "router_lr": (float, 1.0, "routers learn at so many times --lr"),
     "dim": (int, None, "width D"),
@@ -118,11 +121,7 @@ SETTINGS = {
     "shared": (int, 0, "more experts, which every token passes"),
     "moe_blocks": (blocks, None, "blocks with experts, such as 1,3; by default as the task says"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
-    "balance": (
-        tuple(BALANCE),
-        "none",
-        "losses of a paper (vmoe: with --noise-std, load too); or a bias",
-    ),
+    "balance": (tuple(BALANCE), "none", "losses of a paper; bias, quantile: a bias on the scores"),
     "balance_weight": (float, None, "weight of its losses; by default that of the paper"),
 }
 OPTION_HELP = {
@@ -180,9 +179,9 @@ def run(overrides, folder):
     print(f"{settings.task}, router {settings.title}, {data.description}; {device.type}")
 
     wrapped = wrap(settings, model)
-    batch = data.batch(step, part=parts_of_batch(settings)[0])
-    stop = False
-    bar = tqdm(total=settings.steps, initial=step, desc=settings.title, dynamic_ncols=True)
+    batch, stop = data.batch(step, part_of_batch(settings)), False
+    hidden = processes()[0] > 0  # one process draws the bar
+    bar = tqdm(total=settings.steps, initial=step, desc=settings.title, disable=hidden)
     with signals() as caught, bar:
         while step < settings.steps and not stop:
             stepped = train_step(settings, data, wrapped, optimizer, step, batch)
@@ -233,10 +232,9 @@ def resolve(overrides):
     s = SimpleNamespace(**(defaults_of(overrides) | overrides))
     if s.dim % s.heads:
         raise ValueError(f"--heads must divide --dim, got --heads {s.heads} and --dim {s.dim}")
-    parts = s.grad_accum * processes()[1]
-    if s.batch_size % parts:
-        rule = f"--grad-accum times the processes must divide --batch-size {s.batch_size}"
-        raise ValueError(f"{rule}, got {parts}")
+    if s.batch_size % processes()[1]:
+        rule = f"the number of processes must divide --batch-size {s.batch_size}"
+        raise ValueError(f"{rule}, got {processes()[1]}")
     resolve_balance(s, overrides)
     reset_idle(s)
     router = None
@@ -367,48 +365,42 @@ def make_optimizer(settings, model):
 
 
 def train_step(settings, data, model, optimizer, step, batch):
-    """One optimizer step: forward and backward of each part of the batch, clip, step, update.
+    """One optimizer step: forward, backward, clip, step, update of the routers.
 
-    batch is the first part. data.loss() gives the mean loss, {name: sum}, {block: routing}. Returns
-    the sums for data.metrics(), the routers' losses with grad_norm, block_sums() if the step is
-    logged, and the next step's first part.
+    batch is this process's part. data.loss() gives the mean loss, {name: sum}, {block: routing}.
+    Returns the sums for data.metrics(), the routers' losses with grad_norm, block_sums() if the
+    step is logged, and the next step's batch.
     FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(settings, step) * group["factor"]
     torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
-    sums, losses, of_blocks, routed = {}, {}, {}, {}  # routed: {router: its routing of each part}
-    parts = parts_of_batch(settings)
-    for i, part in enumerate(parts):
-        if i:
-            batch = data.batch(step, part=part)
-        waits = i + 1 < len(parts) and hasattr(model, "no_sync")  # processes sum at the last part
-        with precision(settings, data.device), model.no_sync() if waits else nullcontext():
-            loss, counts, routings = data.loss(model, batch)
-            objective, of_routers = loss, {}
-            for routing in dict.fromkeys(routings.values()):  # blocks may share one: it counts once
-                routed.setdefault(routing.router, []).append(routing)
-                add(of_routers, routing.losses)
-            for name, value in of_routers.items():
-                if settings.loss_weights.get(name):
-                    objective = objective + settings.loss_weights[name] * value
-                add(losses, {name: value.detach() / len(parts)})
-        (objective / len(parts)).backward()  # no_sync() counts in the forward alone
-        add(sums, counts | {"loss": loss.detach() * counts["count"]})
-        if is_logged(settings, step + 1):
-            add(of_blocks, block_sums(routings))
+    with precision(settings, data.device):
+        loss, counts, routings = data.loss(model, batch)
+        distinct = list(dict.fromkeys(routings.values()))  # blocks may share one: it counts once
+        objective, losses = loss, {}
+        for routing in distinct:
+            add(losses, routing.losses)
+        for name, value in losses.items():
+            if settings.loss_weights.get(name):
+                objective = objective + settings.loss_weights[name] * value
+            losses[name] = value.detach()
+    objective.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    sums, of_blocks = sum_processes(sums, data.device), sum_processes(of_blocks, data.device)
+    sums = sum_processes(counts | {"loss": loss.detach() * counts["count"]}, data.device)
     losses = sum_processes(losses, data.device, divisor=processes()[1]) | {"grad_norm": norm}
-    next_batch = data.batch(step + 1, part=parts[0])  # made while a GPU still works
+    of_blocks = {}
+    if is_logged(settings, step + 1):
+        of_blocks = sum_processes(block_sums(routings), data.device)
+    next_batch = data.batch(step + 1, part_of_batch(settings))  # made while a GPU still works
     if not torch.isfinite(norm + sums["loss"]):  # waits for the GPU
         found = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
         raise FloatingPointError(f"at step {step + 1}: {found}")
     optimizer.step()
     optimizer.zero_grad()
-    for i, (router, of_parts) in enumerate(routed.items()):
-        router.update(of_parts, seeded(settings.seed, step + 1, "router", i))
+    for i, routing in enumerate(distinct):
+        routing.router.update([routing], seeded(settings.seed, step + 1, "router", i))
     found = dict(sums=sums, losses=losses, block_sums=of_blocks, next_batch=next_batch)
     return SimpleNamespace(**found)
 
@@ -498,7 +490,9 @@ def conclude(settings, data, model, seconds):
     summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
     summary["specialization"], contingency = specialization(settings, data, model)
     summary |= data.report(settings, model, untrained=lambda: build(settings, data))
-    summary |= {"cells": cells(summary, data), "score": data.score(summary)}  # for the table
+    summary["cells"] = cells(summary, data)  # for the table
+    first = next(value for value in summary["cells"].values() if value is not None)
+    summary["score"] = data.sign * first  # more is better
     return summary, contingency
 
 
@@ -518,9 +512,7 @@ def evaluate(settings, data, model, split):
     """Metrics and block stats of a whole split: without noise, cross-entropy alone."""
     model.eval()
     sums, of_blocks = {}, {}
-    for batch in tqdm(
-        data.batches(split), f"evaluating on {split}", leave=False, dynamic_ncols=True
-    ):
+    for batch in tqdm(data.batches(split), f"evaluating on {split}", leave=False):
         with precision(settings, data.device):
             loss, counts, routings = data.loss(model, batch)
         add(sums, to_floats(counts | {"loss": loss * counts["count"]}))
@@ -707,7 +699,7 @@ def specialization(settings, data, model):
     model.eval()
     gathered, names_of, start = {}, {}, 0
     batches = data.batches(data.examined)
-    for batch in tqdm(batches, "examining experts", leave=False, dynamic_ncols=True):
+    for batch in tqdm(batches, "examining experts", leave=False):
         with torch.no_grad(), precision(settings, data.device):
             routings = data.loss(model, batch)[2]
         for name, (label, owner, names) in data.labels(batch, start).items():
@@ -744,9 +736,7 @@ def nmi_and_null(weight, label, owner, draws=100):
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
     routed.index_add_(0, index, weight.double())
-    share = (
-        1 / index.bincount()[index].double()[:, None]
-    )  # an owner's tokens split its routing evenly
+    share = 1 / index.bincount()[index].double()[:, None]  # an owner's tokens share its routing
     found, other, g = [], torch.arange(len(owners)), seeded("null")
     for _ in range(1 + draws):
         counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
@@ -898,8 +888,6 @@ class Record:
             pass  # Windows and some file systems have no flock
         self.lines.seek(self.lines.truncate(self.end))
         (self.folder / "summary.json").unlink(missing_ok=True)
-        if "data" in overrides:
-            overrides = overrides | {"data": self.settings.data}  # absolute, if it is a path
         config = {"overrides": overrides, "settings": vars(self.settings)}
         config |= {"data": data.description, "fingerprint": data.fingerprint}
         config |= {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
@@ -910,11 +898,8 @@ class Record:
         line = {"step": step}
         if self.settings.label:
             line["label"] = self.settings.label
-        for name, value in values.items():
-            if not isinstance(value, float) or math.isfinite(value):  # JSON has no other numbers
-                line[name] = value
         if self.writes:
-            self.lines.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self.lines.write(json.dumps(line | values).encode() + b"\n")
             self.lines.flush()
 
     def due(self):
@@ -985,16 +970,9 @@ def process_group():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # to wait for process 0
-    rank = processes()[0]
-    if rank:  # only process 0 prints
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if rank:  # but every process its own failure
-            why = " ".join(repr(error.__cause__ or error).split())
-            print(f"train.py: process {rank}: {why}", file=sys.__stderr__)
-        raise  # destroying the group would wait for the others, whom torchrun ends
+    if processes()[0]:  # only process 0 prints results; errors come from all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
+    yield  # after an error torchrun ends the others: to wait for them would hang
     dist.barrier()  # process 0 has evaluations and the table to finish
     dist.destroy_process_group()
 
@@ -1014,12 +992,11 @@ def wrap(settings, model):
     return model
 
 
-def parts_of_batch(settings):
-    """The slices of a batch that this process computes, one for each part of the batch."""
+def part_of_batch(settings):
+    """The slice of a batch that this process computes."""
     rank, count = processes()
-    rows = settings.batch_size // settings.grad_accum // count
-    starts = range(rank * rows, settings.batch_size, count * rows)
-    return [slice(start, start + rows) for start in starts]
+    rows = settings.batch_size // count
+    return slice(rank * rows, (rank + 1) * rows)
 
 
 def sum_processes(values, device, divisor=1):
@@ -1038,7 +1015,7 @@ BENCH_SECONDS = 2.0  # in which a call is repeated
 def bench(overrides):
     """--bench: milliseconds of an MoE layer, forward and backward: of every router, or --router.
 
-    Ratios: to a dense FFN of the experts' FLOPs, and to the experts alone, on the same slots.
+    Also as a ratio to a dense FFN of the experts' FLOPs.
     """
     b = dict(router="all", dim=256, hidden=1024, experts=16, compile=False)
     b = SimpleNamespace(**(b | dict(dtype="auto", device="auto") | overrides))
@@ -1050,16 +1027,12 @@ def bench(overrides):
         router = build_router(name, b.dim, b.experts, tokens=x.shape[1], **options)
         moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(x.device)
         routing = moe(x)[1]
-        slots = routing.dispatch(x).detach()  # [G, E, C, D]
-        vectors = slots.flatten(0, 2)  # as many as slots are run
-        if routing.filled:  # dropless: without the empty ones
-            slots = vectors = vectors[: sum(routing.filled)]
+        slots = routing.dispatch(x).detach().flatten(0, 2)  # [G * E * C, D]
+        if routing.filled:  # dropless: empty ones are not run
+            slots = slots[: sum(routing.filled)]
         layer = milliseconds(b, torch.compile(moe, fullgraph=True) if b.compile else moe, x)
-        ffn = milliseconds(b, dense, vectors)
-        bare = functools.partial(moe.experts, filled=routing.filled)
-        experts = milliseconds(b, bare, slots)
-        texts = {"router": name, "ms": f"{layer:.1f}", "/ dense": f"{layer / ffn:.2f}"}
-        rows.append(texts | {"/ bare experts": f"{layer / experts:.2f}"})
+        ffn = milliseconds(b, dense, slots)
+        rows.append({"router": name, "ms": f"{layer:.1f}", "time / dense": f"{layer / ffn:.2f}"})
     print(f"{x.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(table(rows))
 
@@ -1112,7 +1085,7 @@ def command(words):
         else:
             out, runs = runs_to_do(lists, several)
     status = 0
-    for folder in tqdm(runs, "grid", dynamic_ncols=True, disable=not several):
+    for folder in tqdm(runs, "grid", disable=not several or processes()[0] > 0):
         try:
             ended = run(runs[folder], folder)
         except FloatingPointError as error:
@@ -1131,10 +1104,9 @@ def command(words):
 def sample(overrides):
     """--sample: print text that a finished run of --task tokens writes."""
     asked = defaults(moe_tokens.SAMPLING) | {"seed": 0, "device": "auto"} | overrides
-    asked = SimpleNamespace(**asked)
-    folder = pathlib.Path(asked.sample)
-    config = read_json(folder / "config.json")
-    settings = resolve(config["overrides"] | {"device": asked.device})
+    asked, folder = SimpleNamespace(**asked), pathlib.Path(overrides["sample"])
+    of_run = read_json(folder / "config.json")["overrides"]
+    settings = resolve(of_run | {"device": asked.device})
     data = TASKS[settings.task].load_data(settings, pick_device(settings))
     model = build(settings, data)
     if getattr(data, "tokenizer", None) is None:
@@ -1166,7 +1138,6 @@ def runs_to_do(lists, several):
     all_routers = "all" in lists.get("router", ())
     if all_routers:
         lists = {"dense_match": ["active", "total"]} | lists | {"router": list(ROUTER_KINDS)}
-    axes = [name for name in lists if len(lists[name]) > 1 and name not in ("router", "seed")]
     runs, left_out, unused = {}, {}, set(lists)
     for values in itertools.product(*lists.values()):
         overrides = dict(zip(lists, values))
@@ -1180,7 +1151,9 @@ def runs_to_do(lists, several):
                 raise
             left_out[overrides["router"]] = error
             continue
-        folder = folder_in_grid(out, settings, axes) if several else out
+        folder = out
+        if several:  # equal settings have equal codes
+            folder = out / f"{settings.router}-seed_{settings.seed}-{settings.code}"
         if not (folder / "summary.json").exists():
             runs.setdefault(folder, overrides)
     if unused:
@@ -1189,17 +1162,6 @@ def runs_to_do(lists, several):
     for router, error in left_out.items():
         print(f"left out: {router}: {error}")
     return out, runs
-
-
-def folder_in_grid(out, settings, axes):
-    """The folder of a run, named by its values on the axes, then a hash of all settings."""
-    name, ending = settings.router, f"seed_{settings.seed}-{settings.code}"
-    for axis in axes:
-        if hasattr(settings, axis):
-            name += f"-{axis}_{to_text(getattr(settings, axis))}"
-    return next(
-        out.glob(f"*-{ending}"), out / f"{name}-{ending}"
-    )  # it may exist, named by other axes
 
 
 def parse(words):
