@@ -5,8 +5,7 @@ place of its FFN, or those that --moe-blocks names. A group is a sequence: x [B,
 [G, T, D]. The axes of the study are settings: what is routed (--unit), how often (--scope), to how
 many experts (--top-k), by what weights (--router-weights).
 
-Text comes as documents with topics, or as nanoGPT's train.bin and val.bin. GPT, resolve() and Text
-have their twins in moe_vision.py, in the same order: read the two files side by side.
+Text comes as documents with topics, or as nanoGPT's train.bin and val.bin.
 """
 
 import collections
@@ -55,7 +54,6 @@ SAMPLING = {  # with --sample
     "prompt": (str, "\n", "text to go on from"),
     "max_new_tokens": (int, 200, "tokens to write"),
     "temperature": (float, 0.8, "0: always the likeliest token"),
-
 }
 
 
@@ -65,7 +63,7 @@ class GPT(nn.Module):
 
     By default each MoE routes each token by itself. unit="sequence": the batch is one group, each
     sequence a token of width T*D, routed by the mean of its first `prefix` positions (None: of
-    all); an expert works on its T vectors. scope="global": one routing serves all blocks.
+    all); MoE splits it into its T vectors. scope="global": one routing serves all blocks.
     """
 
     def __init__(self, vocab_size, context, dim, heads, ffns, unit, scope, prefix):
@@ -78,7 +76,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=POSITION_STD)
         if scope == "global":
             for moe in self.moes():
-                moe.router = self.moes()[0].router
+                moe.router = self.moes()[0].router  # one for all blocks
 
     def moes(self):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
@@ -141,22 +139,17 @@ def resolve(settings, router, overrides):
     for flag, value in ("--prefix", s.prefix), ("--score-from", s.score_from):
         if value > s.context:
             raise ValueError(f"{flag} must be at most --context {s.context}, got {value}")
-    leak = find_leak(s, router)
+    leak = ""
+    if router is not None and not router.causal:
+        leak = f"--router {s.router} is not causal with these options: later tokens decide"
+    elif s.pool == "mean":
+        leak = "--pool mean routes a sequence by later tokens too; --pool prefix does not"
+    elif s.score_from < s.prefix:
+        leak = f"--score-from {s.score_from} would score tokens that the router has read"
     if leak and not s.allow_leak:
         rule = "The loss would be better than the model is"
         raise ValueError(f"{leak}. {rule}; --allow-leak runs it, every number labeled leaky")
     return "leaky" if leak else ""
-
-
-def find_leak(settings, router):
-    """How the future gets into a routing, or ""."""
-    if router is not None and not router.causal:
-        return f"--router {settings.router} is not causal with these options: later tokens decide"
-    if settings.pool == "mean":
-        return "--pool mean routes a sequence by later tokens too; --pool prefix does not"
-    if settings.score_from < settings.prefix:
-        return f"--score-from {settings.score_from} would score tokens that the router has read"
-    return ""
 
 
 # ---------------------------------------------------------------- what train.py asks of text
@@ -171,8 +164,7 @@ class Text:
     classes, class_of    CODE or PROSE; each token's place in it
 
     A batch is {"input": [B, T], "label": [B, T], "document": [B]}; for documents also "bytes"
-    [B, T], how many bytes each label spells. batch(step, part) is the slice `part` of the step's
-    batch, the same for every run of one seed; batches(split) are those of a split.
+    [B, T], how many bytes each label spells. batch() and batches() are as in Images.
     """
 
     examples = "sequences"  # the unit of speed
@@ -192,8 +184,8 @@ class Text:
             self.read_text(settings)
         self.sizes = {split: len(windows) for split, (windows, _) in self.stored.items()}
         train, held = self.sizes["train"], self.sizes["validation"]
-        counted = f"{train} training and {held} validation windows of {self.context} tokens"
-        self.description += f"; {counted}"
+        counts = f"{train} training and {held} validation windows"
+        self.description += f"; {counts} of {self.context} tokens"
         if not held or self.batch_size > train:
             raise ValueError(f"{self.description}: too few for --batch-size {self.batch_size}")
         self.scored = np.linspace(0, held - 1, min(held, 1024)).astype(int)  # evenly spread
@@ -251,26 +243,17 @@ class Text:
         return loss, counts, routings
 
     def metrics(self, sums):
-        """What is reported, from summed counts and the summed loss in nats.
-
-        loss and perplexity are per token, bits_per_byte can be compared between tokenizers.
-        """
-        mean = sums["loss"] / sums["count"]
-        if torch.is_tensor(mean):  # in training
-            perplexity = mean.clamp(max=88).exp()  # beyond that it is no number of 32 bits
-        else:
-            perplexity = math.exp(min(mean, 700))
+        """loss and perplexity are per token; bits_per_byte can be compared between tokenizers."""
+        mean = sums["loss"] / sums["count"]  # a tensor in training, a number in evaluation
+        # Of larger losses, the perplexity is no number of 32, or of 64, bits.
+        perplexity = mean.clamp(max=88).exp() if torch.is_tensor(mean) else math.exp(min(mean, 700))
         found = {"loss": mean, "perplexity": perplexity}
         if "bytes" in sums:
             found["bits_per_byte"] = sums["loss"] / sums["bytes"] / math.log(2)
         return found
 
     def labels(self, batch, start):
-        """What experts may specialize in: {name: (label [B, T], owner [B, T], names of labels)}.
-
-        owner: the document, sequence or token that nmi_and_null() in train.py shuffles whole; -1:
-        no NMI. Label -1 is none. `start` windows came before this batch.
-        """
+        """As of Images. owner: a document, sequence or token; -1: counted, but without an NMI."""
         if self.tokenizer is None:
             return {}
         tokens = batch["input"].cpu()
@@ -286,18 +269,15 @@ class Text:
 
     @torch.no_grad()
     def report(self, settings, model, untrained):
-        """A leaky model's metrics on 32 windows, in two ways.
-
-        as_scored: all tokens at once. as_generated: later tokens hidden, as when the model writes.
-        """
+        """Of a leaky model, 32 windows as_scored and, with later tokens hidden, as_generated."""
         if settings.label != "leaky":
             return {}
         batch = self.few(32)
         scored, counts, _ = self.loss(model, batch)
         generated, found = 0.0, {}
-        for end in range(settings.score_from, settings.context + 1):  # what follows end tokens
-            logits, _ = model(batch["input"][:, :end])
-            label = batch["label"][:, end - 1]
+        for seen in range(settings.score_from, settings.context + 1):  # what follows so many tokens
+            logits, _ = model(batch["input"][:, :seen])
+            label = batch["label"][:, seen - 1]
             generated += F.cross_entropy(logits[:, -1], label, reduction="sum")
         for way, loss in ("as_scored", scored * counts["count"]), ("as_generated", generated):
             metrics = self.metrics(counts | {"loss": loss})
@@ -313,16 +293,14 @@ class Text:
         found = {"bits/byte": bits("validation"), "perplexity": summary["validation"]["perplexity"]}
         found["dropless"] = bits("validation_dropless")
         if bits("as_generated"):  # estimated: the loss of all, plus the gap on 32 windows
-            lost = bits("as_generated") - bits("as_scored")
-            found["as generated"] = bits("validation") + lost
+            gap = bits("as_generated") - bits("as_scored")
+            found["as generated"] = bits("validation") + gap
         return found
-
-
 
     def notes(self, contingency):
         """What is printed of the experts at the end: the commonest tokens of each."""
         lines = []
-        for block, labels in contingency.items():  # none of .bin files
+        for block, labels in contingency.items():  # .bin files have no labels
             for expert, words in enumerate(commonest(*labels["token"])):
                 lines.append(f"block {block}, expert {expert}: {words}")
         return "\n".join(lines)
@@ -347,7 +325,7 @@ class Text:
     # Reading: what fills parts, and whatever else is known of the data.
     def read_bins(self, path):
         """nanoGPT's files: tokens of two bytes."""
-        largest, found = 0, []
+        found = []
         for split, name in ("train", "train.bin"), ("validation", "val.bin"):
             size = (path / name).stat().st_size
             if size % 2 or size <= 2 * self.context:
@@ -356,9 +334,8 @@ class Text:
             ids = np.memmap(path / name, np.uint16, "r")
             windows = sliding_window_view(ids, self.context + 1)[:: self.context]  # not in memory
             self.stored[split] = windows, np.zeros(len(windows), int)
-            largest = max(largest, int(ids.max()))
             found.append(ids)
-        self.fingerprint = fingerprint(*found)
+        self.fingerprint, largest = fingerprint(*found), max(int(ids.max()) for ids in found)
         self.vocab_size = 64 * (largest // 64 + 1)  # a multiple of 64 runs faster
         self.description = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
 
@@ -388,8 +365,7 @@ class Text:
             place = {topic: i for i, (topic, _) in enumerate(largest)}
             self.topics = list(place)
             self.topic_of = torch.tensor([place.get(topic, -1) for topic in topics])
-        is_code = all(document.name.endswith(".py") for document in documents)
-        self.classes = CODE if is_code else PROSE
+        self.classes = CODE if all(d.name.endswith(".py") for d in documents) else PROSE
         kinds = [token_class(i, piece, self.classes) for i, piece in enumerate(pieces)]
         self.class_of, self.bytes_of = torch.tensor(kinds), torch.tensor(list(map(len, pieces)))
         self.vocab_size = len(pieces)
@@ -456,12 +432,12 @@ class Tokenizer:
         """The id of a known lexeme; of another, those of its longest known beginnings."""
         if lexeme in self.ids:
             return [self.ids[lexeme]]
-        ids = []
+        ids = []  # a lexeme of one byte may be common; within others, a lone byte is its own id
         while lexeme:
             end = len(lexeme)
             while end > 1 and lexeme[:end] not in self.ids:
                 end -= 1
-            ids.append(self.ids[lexeme[:end]] if end > 1 else lexeme[0])  # a lone byte is its id
+            ids.append(self.ids[lexeme[:end]] if end > 1 else lexeme[0])
             lexeme = lexeme[end:]
         return ids
 
@@ -482,15 +458,14 @@ CODE = {  # {class: pattern}: the first pattern that fits a token's beginning na
     "raw byte": "",
 }
 FUNCTION_WORDS = """
-    a an the this that these those and or but if not as than of to in on at by for with from
-    into is are was were be been has have had will would can could may must i you he she it we
-    they him her us them my your his its our their who which what when where there der die das
-    den dem des ein eine einen einer und oder nicht wenn dass daß auf aus bei mit nach von vor
-    zu zum zur im ist sind wird werden kann sich es er sie auch für le la les un une du au aux
-    et ou ne pas que qui ce cette est sont il elle dans par pour sur avec sans se son sa ses
-    si lo gli uno una di della del dei delle da dal con per non che è sono questo ed come al
-    alla nel nella
-""".split()
+    a an the this that these those and or but if not as than of to in on at by for with from into is
+    are was were be been has have had will would can could may must i you he she it we they him her
+    us them my your his its our their who which what when where there der die das den dem des ein
+    eine einen einer und oder nicht wenn dass daß auf aus bei mit nach von vor zu zum zur im ist
+    sind wird werden kann sich es er sie auch für le la les un une du au aux et ou ne pas que qui ce
+    cette est sont il elle dans par pour sur avec sans se son sa ses si lo gli uno una di della del
+    dei delle da dal con per non che è sono questo ed come al alla nel nella
+""".split()  # in four languages
 PROSE = {
     "blank": r"\s+$",
     "function word": rf"(?i) ?({'|'.join(FUNCTION_WORDS)})$",
@@ -540,16 +515,11 @@ def read_documents(path):
             raw.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 at byte {error.start}") from None
-        name, topic = file.relative_to(root.parent if file == root else root), ""
-        if len(name.parts) > 1 or path is None:
-            topic = name.parts[0].removesuffix(".py")
-        documents.append(Document(topic, str(name), raw))
+        topic = inner[0].removesuffix(".py") if len(inner) > 1 or path is None else ""
+        documents.append(Document(topic, "/".join(inner) or file.name, raw))
     if not any(document.raw for document in documents):
         raise ValueError(f"{root} holds no text, or does not exist")
     return documents
-
-
-
 
 
 def divide(documents):
@@ -566,8 +536,8 @@ def divide(documents):
     # Shuffled by a hash of the name, so that a new document moves no other.
     mixed = sorted(documents, key=lambda d: seeded("validation split", d.name).initial_seed())
     for document in mixed:
-        alone = sizes[document.topic] == 1
-        groups[None if alone else document.topic].append(document)  # None: of all lone ones
+        topic = document.topic if sizes[document.topic] > 1 else None  # lone ones share a group
+        groups[topic].append(document)
     train, validation = [], []
     for group in groups.values():
         tenth = min(len(group) - 1, max(1, round(len(group) / 10)))
@@ -619,13 +589,12 @@ def painted(tokens, weights, pieces):
 
     weights [T, E], or [1, E] of a sequence routed whole; a token's expert has the most of it.
     """
-    E, page, start = weights.shape[-1], "", 0
+    E, page = weights.shape[-1], ""
     experts = torch.where(weights.sum(-1) > 0, weights.argmax(-1), E)  # E: no expert
-    for expert, stretch in itertools.groupby(experts.expand(len(tokens)).tolist()):
-        end = start + len(list(stretch))
-        raw = b"".join(pieces[token] for token in tokens[start:end])
+    pairs = zip(experts.expand(len(tokens)).tolist(), tokens.tolist())
+    for expert, stretch in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        raw = b"".join(pieces[token] for _, token in stretch)
         page += on_page(raw.decode("utf-8", "replace"), expert, E)
-        start = end
     return page
 
 

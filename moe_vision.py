@@ -59,10 +59,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x, run_moe=None):
+    def forward(self, x, run_moe=MoE.__call__):
         """x [B, T, D] -> x, and the Routing of the MoE; an FFN has None.
 
-        run_moe(moe, z) -> y, routing replaces moe(z): moe_tokens.py routes with it.
+        run_moe(moe, z) is how the MoE is called: GPT brings its own, for sequences routed whole.
         """
         B, T, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
@@ -72,7 +72,7 @@ class Block(nn.Module):
         z = self.norm2(x)
         if not isinstance(self.ffn, MoE):
             return x + self.ffn(z), None
-        y, routing = run_moe(self.ffn, z) if run_moe else self.ffn(z)
+        y, routing = run_moe(self.ffn, z)
         return x + y, routing
 
 
@@ -111,7 +111,7 @@ class ViT(nn.Module):
 def resolve(settings, router, overrides):
     """Fill in what follows from other settings; ValueError where they clash.
 
-    Returns the label of all results, none for images. router and overrides: as in moe_tokens.py.
+    Returns a label for all results, here "". router and overrides: see moe_tokens.py.
     """
     s = settings
     if s.moe_blocks is None:  # every second block, the last one among them, as in V-MoE
@@ -173,22 +173,21 @@ class Images:
         return F.cross_entropy(logits.flatten(0, -2), label.flatten()), counts, routings
 
     def metrics(self, sums):
-        """What is reported, in %: top1, and of patches miou. sums: counts, and loss * count.
+        """top1 and, of patches, miou in %. sums: of batches, their counts, and loss times count.
 
         miou: the mean over classes of intersection over union; a class that is nowhere counts 0.
         """
         found = {"loss": sums["loss"] / sums["count"], "top1": 100 * sums["right"] / sums["count"]}
         if "both0" in sums:
-            classes = range(PATCH_CLASSES)
-            shares = [sums[f"both{c}"] / max(1, sums[f"either{c}"]) for c in classes]
+            shares = [sums[f"both{c}"] / max(1, sums[f"either{c}"]) for c in range(PATCH_CLASSES)]
             found["miou"] = 100 * sum(shares) / len(shares)
         return found
 
     def labels(self, batch, start):
         """What experts may specialize in: {name: (label [B, T], owner [B, T], names of labels)}.
 
-        owner: the image or patch that a label belongs to; nmi_and_null() in train.py shuffles
-        labels among owners. Label -1 is none. `start` images came before this batch.
+        owner: the image or patch that the label belongs to; by chance (train.py), the routings of
+        owners are shuffled. Label -1 is none. `start` images came before this batch.
         """
         B, T = len(batch["image"]), self.tokens
         patch = torch.arange(start * T, (start + B) * T).view(B, T)
@@ -216,8 +215,6 @@ class Images:
             "10-shot %": few_shot.get("trained"),
             "10-shot, untrained %": few_shot.get("untrained"),
         }
-
-
 
     def notes(self, contingency):
         """What is printed of the experts at the end: nothing of images."""
@@ -259,8 +256,8 @@ def order_of_epoch(seed, epoch, count):
 def rows_of_step(seed, step, size, count):
     """Which of `count` examples are the batch of a step: epoch by epoch, each in a fresh order."""
     epoch, start = divmod(step * size, count)
-    order, next_order = order_of_epoch(seed, epoch, count), order_of_epoch(seed, epoch + 1, count)
-    return torch.cat([order[start : start + size], next_order[: max(0, start + size - count)]])
+    rows = order_of_epoch(seed, epoch, count)[start : start + size]
+    return torch.cat([rows, order_of_epoch(seed, epoch + 1, count)[: size - len(rows)]])
 
 
 def send(tensor, device):
@@ -333,8 +330,8 @@ class Drawn(Images):
         B, S = len(label), self.image_size
         n = S // TILE
         filled = outline(shape, look, S)  # [B, S, S], is a pixel inside?
-        laid = self.tiles[tile].view(B, n, n, TILE, TILE)  # n * n tiles; then an image of them
-        laid = laid.transpose(2, 3).reshape(B, 1, S, S)
+        laid = self.tiles[tile].view(B, n, n, TILE, TILE)  # n * n tiles
+        laid = laid.transpose(2, 3).reshape(B, 1, S, S)  # an image of them
         ground, paint = look[:, 4:7] * 0.5, look[:, 7:10] * 0.5 + 0.5  # the shape is brighter
         figure = paint[..., None, None] * (1 + laid / 3)  # [B, 3, S, S]
         image = torch.where(filled[:, None], figure, ground[..., None, None]) + 0.15 * noise
@@ -351,7 +348,7 @@ def outline(shape, look, size):
     """The pixels inside each shape, [B, size, size], turned, scaled and moved as `look` says."""
 
     def between(i, low, high):
-        return (low + (high - low) * look[:, i])[:, None, None]  # [B, 1, 1]
+        return (low + (high - low) * look[:, i])[:, None, None]  # [B, 1, 1]; look: from 0 to 1
 
     axis = torch.arange(size, device=look.device) / ((size - 1) / 2) - 1
     angle, scale = between(0, -math.pi / 12, math.pi / 12), between(1, 0.7, 0.95)
@@ -444,15 +441,12 @@ def read_images(data):
 
 def read_cifar(folder):
     """The parts of read_images(). A record: a coarse label (CIFAR-100 alone), a label, pixels."""
-    train, test, coarse, classes = sorted(folder.glob("data_batch_*.bin")), "test_batch.bin", 0, 10
-    if not train:
-        train, test, coarse, classes = [folder / "train.bin"], "test.bin", 1, 100
-    parts = []
-    for files in train, [folder / test]:
-        raw = np.concatenate([np.fromfile(file, np.uint8) for file in files])
+    parts, coarse = [], int((folder / "train.bin").exists())  # else CIFAR-10
+    for name in ("train.bin", "test.bin") if coarse else ("data_batch_*.bin", "test_batch.bin"):
+        raw = np.concatenate([np.fromfile(file, np.uint8) for file in sorted(folder.glob(name))])
         records = raw.reshape(-1, coarse + 1 + 3 * 32 * 32)
         parts.append((records[:, coarse + 1 :].reshape(-1, 3, 32, 32), records[:, coarse]))
-    return parts, classes
+    return parts, 100 if coarse else 10
 
 
 def read_npz(path):
@@ -474,9 +468,6 @@ def fingerprint(*arrays):
     return f"{lengths}, sha256 {digest.hexdigest()[:16]}"
 
 
-
-
-
 TORONTO = "https://www.cs.toronto.edu/~kriz"
 OFFICIAL = {  # name: where the official binary archive lies, and its md5
     "cifar10": (f"{TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
@@ -496,8 +487,7 @@ def download(name):
         raise ValueError(f"{url} is cut short or changed: its md5 is not {md5}")
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="data") as fresh:  # so the folder is whole, or not there
-        with tarfile.open(fileobj=io.BytesIO(archive)) as members:
-            members.extractall(fresh, filter="data")
+        tarfile.open(fileobj=io.BytesIO(archive)).extractall(fresh, filter="data")
         if not folder.is_dir():  # else another process was first
             next(pathlib.Path(fresh).iterdir()).rename(folder)
     return folder
@@ -508,9 +498,9 @@ def download(name):
 def few_shot(model, batch, shots=10):
     """Accuracy in % of ridge regression on a ViT's features, fitted to `shots` of each class."""
     label = batch["label"]
-    place = F.one_hot(label).cumsum(0).gather(1, label[:, None])[:, 0]  # in its class, from 1
+    nth = F.one_hot(label).cumsum(0).gather(1, label[:, None])[:, 0]  # of its class, from 1
     parts = []
-    for rows in place <= shots, place > shots:
+    for rows in nth <= shots, nth > shots:
         images = batch["image"][rows].split(256)
         features = [model.encode(some)[0].mean(1).cpu() for some in images]
         parts.append((torch.cat(features), label[rows].cpu()))
@@ -527,13 +517,12 @@ def ridge_accuracy(support, query):
     (x, y), (z, truth) = support, query
     mean, std = x.double().mean(0), x.double().std(0) + 1e-5
     # The constant is 100, so its weight is small and hardly penalized.
-    x = F.pad((x.double() - mean) / std, (0, 1), value=100.0)
-    z = F.pad((z.double() - mean) / std, (0, 1), value=100.0)
+    x, z = (F.pad((part.double() - mean) / std, (0, 1), value=100.0) for part in (x, z))
     targets = F.one_hot(y).double() * 2 - 1
     value, vector = torch.linalg.eigh(x @ x.T)  # [N], [N, N]
     errors = {}
     for penalty in 2.0 ** np.arange(-10, 20):
-        hat = (vector * (value / (value + penalty))) @ vector.T
+        hat = (vector * (value / (value + penalty))) @ vector.T  # what it predicts: hat @ targets
         residual = (targets - hat @ targets) / (1 - hat.diagonal()[:, None])
         errors[penalty] = float(residual.square().sum())
     best = min(errors, key=errors.get)
@@ -543,18 +532,12 @@ def ridge_accuracy(support, query):
 
 # ---------------------------------------------------------------- pictures
 def strip(images, width):
-    """HTML: images [B, 3, S, S] uint8 beside one another, each `width` screen pixels wide."""
+    """HTML: images [B, 3, S, S] uint8 as BMP files in a row, each `width` screen pixels wide."""
     page, style = "", f"width:{width}px;margin:1px;vertical-align:middle;image-rendering:pixelated"
-    for image in images:
-        source = base64.b64encode(bitmap(image)).decode()
+    S = images.shape[-1]  # -S: the first row is on top
+    head = struct.pack("<2s4I2i2H6I", b"BM", 54 + 4 * S * S, 0, 54, 40, S, -S, 1, 32, *[0] * 6)
+    pixels = F.pad(images.flip(1), (0, 0, 0, 0, 0, 1), value=255)  # blue, green, red, opaque
+    for image in pixels.permute(0, 2, 3, 1).numpy():
+        source = base64.b64encode(head + image.tobytes()).decode()
         page += f'<img style="{style}" src="data:image/bmp;base64,{source}">'
     return page
-
-
-def bitmap(image):
-    """The bytes of a BMP file of an image [3, H, W] uint8, four bytes a pixel."""
-    _, height, width = image.shape
-    sizes = 54 + 4 * height * width, 0, 54, 40, width, -height  # minus: the first row is on top
-    head = b"BM" + struct.pack("<IIIIii", *sizes) + struct.pack("<HHIIIIII", 1, 32, *[0] * 6)
-    pixels = F.pad(image.flip(0), (0, 0, 0, 0, 0, 1), value=255)  # blue, green, red, opaque
-    return head + pixels.permute(1, 2, 0).numpy().tobytes()

@@ -187,15 +187,14 @@ def run(overrides, folder):
             stepped = train_step(settings, data, wrapped, optimizer, step, batch)
             step, batch = step + 1, stepped.next_batch
             bar.update()
-            if is_logged(settings, step):
+            if step == settings.steps or step % settings.log_every == 0:
                 line = to_floats(data.metrics(stepped.sums) | stepped.losses)
-                stats = block_stats(stepped.block_sums)
+                stats = block_stats(sum_processes(block_sums(stepped.routings), device))
                 record.log(step, line | {"blocks": stats})
                 worst = max((block["load_max"] for block in stats.values()), default=1)
                 bar.set_postfix(loss=f"{line['loss']:.3g}", load_max=f"{worst:.2f}")
-            asked = {"stop": len(caught), "save": record.due()}
-            asked = sum_processes(asked, device)  # by any process
-            stop = asked["stop"] > 0
+            asked = sum_processes({"stop": len(caught), "save": record.due()}, device)
+            stop = asked["stop"] > 0  # asked of any process
             if stop or asked["save"] or step == settings.steps:
                 check_sound(data, model, step)
                 record.save(step, model, optimizer)
@@ -298,7 +297,7 @@ def reset_idle(s):
         "priority": getattr(s, "capacity_factor", 1) is None,  # dropless, all get a slot
         "top_k": getattr(s, "slots", None) is not None,
         "capacity_factor": getattr(s, "slots", None) is not None,
-        "balance_weight": not BALANCE[getattr(s, "balance", "none")],
+        "balance_weight": not s.loss_weights,
         "bias_update": not getattr(s, "bias_rate", 0),
         "router_lr": weights != {"learned"},  # not every gate learns
     }
@@ -368,8 +367,8 @@ def train_step(settings, data, model, optimizer, step, batch):
     """One optimizer step: forward, backward, clip, step, update of the routers.
 
     batch is this process's part. data.loss() gives the mean loss, {name: sum}, {block: routing}.
-    Returns the sums for data.metrics(), the routers' losses with grad_norm, block_sums() if the
-    step is logged, and the next step's batch.
+    Returns the sums for data.metrics(), the routers' losses with grad_norm, the routings, and the
+    next step's batch.
     FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
@@ -390,9 +389,6 @@ def train_step(settings, data, model, optimizer, step, batch):
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     sums = sum_processes(counts | {"loss": loss.detach() * counts["count"]}, data.device)
     losses = sum_processes(losses, data.device, divisor=processes()[1]) | {"grad_norm": norm}
-    of_blocks = {}
-    if is_logged(settings, step + 1):
-        of_blocks = sum_processes(block_sums(routings), data.device)
     next_batch = data.batch(step + 1, part_of_batch(settings))  # made while a GPU still works
     if not torch.isfinite(norm + sums["loss"]):  # waits for the GPU
         found = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
@@ -401,8 +397,7 @@ def train_step(settings, data, model, optimizer, step, batch):
     optimizer.zero_grad()
     for i, routing in enumerate(distinct):
         routing.router.update([routing], seeded(settings.seed, step + 1, "router", i))
-    found = dict(sums=sums, losses=losses, block_sums=of_blocks, next_batch=next_batch)
-    return SimpleNamespace(**found)
+    return SimpleNamespace(sums=sums, losses=losses, routings=routings, next_batch=next_batch)
 
 
 def learning_rate(settings, step):
@@ -416,10 +411,6 @@ def learning_rate(settings, step):
 def precision(settings, device):
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
-
-
-def is_logged(settings, step):
-    return step == settings.steps or step % settings.log_every == 0
 
 
 def add(sums, values):
@@ -543,25 +534,24 @@ def idle_parameters(model, tokens):
     idle = 0.0
     for moe in model.modules():
         if isinstance(moe, MoE):
-            o, E = moe.router.options, moe.router.num_experts
+            o, chosen = moe.router.options, moe.router.options.top_k / moe.router.num_experts
+            share = min(1, chosen * (o.capacity_factor or 1))
+            if moe.router.chooses == "tokens":  # cf > 1 adds slots, not experts
+                share = min(share, chosen)
             if getattr(o, "slots", None):
-                share = o.slots / tokens
-            elif moe.router.chooses == "tokens":  # cf > 1 adds slots, not experts
-                share = o.top_k / E * min(1, o.capacity_factor or 1)
-            else:
-                share = o.top_k / E * o.capacity_factor
-            idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
+                share = min(1, o.slots / tokens)
+            idle += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
     return idle
 
 
 def summary_text(summary, data, contingency):
     """What a run prints: its row, how much its experts know of labels, the data's notes."""
     rows = []
-    for block, labels in summary["specialization"].items():
-        for label, values in labels.items():
-            heads = "NMI", "by chance, mean", "by chance, 95 %"
-            texts = {head: f"{value:.3f}" for head, value in zip(heads, values)}
-            rows.append({"block": str(block), "experts know of": label} | texts)
+    for found in summary["specialization"]:
+        of_numbers = {
+            head: f"{found[head]:.3f}" for head in found if isinstance(found[head], float)
+        }
+        rows.append(found | {"block": str(found["block"])} | of_numbers)
     line = {"router": summary["router"]} | row([summary["cells"]])
     parts = table([line]), table(rows), data.notes(contingency)
     return "\n".join(filter(None, parts))
@@ -578,9 +568,8 @@ def cells(summary, data):
     found["GFLOPs"], found["seconds"] = summary["gflops"], summary["seconds"]
     found[f"{data.examples}/s"] = summary[f"{data.examples}_per_second"]
     gains = {}  # {label: NMI above chance of each block}
-    for labels in summary["specialization"].values():
-        for label, (value, by_chance, _) in labels.items():
-            gains.setdefault(label, []).append(value - by_chance)
+    for of_block in summary["specialization"]:
+        gains.setdefault(of_block["experts know of"], []).append(of_block["above chance"])
     for label, values in gains.items():
         found[f"NMI {label}"] = float(np.mean(values))
     return found
@@ -691,30 +680,30 @@ EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 def specialization(settings, data, model):
     """How an expert's choice goes with the labels of tokens, in two forms.
 
-    Numbers {block: {label: [NMI, its mean by chance, its 95 % bound by chance]}}, of tokens counted
-    by their experts' weights; of much data only every n-th. Maps {block: {label: (counts [labels,
-    E + 1], names)}}. Column e: each label's tokens at expert e, split by weight among several; the
-    last: dropped.
+    Rows of a table: the NMI of each block and label, and what shuffled labels have, with tokens
+    counted by their experts' weights; of much data only every n-th. And {block: {label: (counts
+    [labels, E + 1], names)}}: how many of a label's tokens expert e works on, a token of several
+    split by weight; the last column: the dropped ones.
     """
     model.eval()
-    gathered, names_of, start = {}, {}, 0
-    batches = data.batches(data.examined)
-    for batch in tqdm(batches, "examining experts", leave=False):
+    weights, labels, names_of, start = {}, {}, {}, 0  # of all batches
+    for batch in tqdm(data.batches(data.examined), "examining experts", leave=False):
         with torch.no_grad(), precision(settings, data.device):
             routings = data.loss(model, batch)[2]
-        for name, (label, owner, names) in data.labels(batch, start).items():
-            B, T = label.shape
-            known, names_of[name] = label >= 0, names
-            for block, routing in routings.items():
-                weight = routing.expert_weights.float().cpu()
-                # [B, T, E]; or [B, 1, E] of sequences routed whole, whose tokens go with them.
-                weight = weight.reshape(B, -1, weight.shape[-1]).expand(B, T, -1)
-                parts = gathered.setdefault((block, name), [])
-                parts.append((weight[known], label[known], owner[known]))
-        start += len(next(iter(batch.values())))
-    found, contingency = {}, {}
-    for (block, name), parts in gathered.items():
-        weight, label, owner = (torch.cat(part) for part in zip(*parts))
+        B = len(next(iter(batch.values())))
+        for name, (label, owner, names_of[name]) in data.labels(batch, start).items():
+            labels.setdefault(name, []).append(torch.stack([label, owner]).flatten(1))  # [2, B * T]
+        for block, routing in routings.items():
+            weight = routing.expert_weights.float().cpu()
+            # [B, T, E]; or [B, 1, E] of sequences routed whole, whose tokens go with them.
+            weight = weight.reshape(B, -1, weight.shape[-1]).expand(-1, data.tokens, -1)
+            weights.setdefault(block, []).append(weight.flatten(0, 1))
+        start += B
+    rows, contingency = [], {}
+    for block, name in itertools.product(weights, labels):
+        label, owner = torch.cat(labels[name], 1)
+        known = label >= 0
+        weight, label, owner = torch.cat(weights[block])[known], label[known], owner[known]
         whole = weight.sum(1, keepdim=True)
         share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
         counts = share.new_zeros(len(names_of[name]), share.shape[1]).index_add(0, label, share)
@@ -722,9 +711,11 @@ def specialization(settings, data, model):
         if len(label) and owner[0] >= 0:  # -1: no NMI
             n = 2 * (weight.numel() // EXAMINED) + 1  # odd: it meets all places of an 8 x 8 image
             value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
-            bounds = [float(np.mean(null)), float(np.quantile(null, 0.95))]
-            found.setdefault(block, {})[name] = [value, *bounds]
-    return found, contingency
+            by_chance, bound = float(np.mean(null)), float(np.quantile(null, 0.95))
+            found = {"NMI": value, "by chance": by_chance, "by chance, 95 %": bound}
+            found = {"block": block, "experts know of": name, **found}
+            rows.append(found | {"above chance": value - by_chance})
+    return rows, contingency
 
 
 def nmi_and_null(weight, label, owner, draws=100):
@@ -789,14 +780,13 @@ def run_page(data, model, summary, shown, lines, contingency):
                 drawn[name].setdefault(block, []).append((line["step"], values[name]))
     body = [f"<pre class=table>{escape(data.description)}\n{escape(shown)}</pre>"]
     body += [curves(CURVES[name], of_name) for name, of_name in drawn.items() if of_name]
-    gains = {}  # {(block, label): NMI above chance}
-    for block, labels in summary["specialization"].items():
-        for label, (value, by_chance, _) in labels.items():
-            if len(contingency[block][label][1]) <= 24:  # more rows are no picture
-                gains[block, label] = value - by_chance
-    for block, label in sorted(gains, key=gains.get, reverse=True)[:3]:
-        heading = f"Block {block}: % of each {label} by expert"
-        body.append(heat_map(heading, *contingency[block][label]))
+    maps = []
+    for found in sorted(summary["specialization"], key=lambda found: -found["above chance"]):
+        block, label = found["block"], found["experts know of"]
+        counts, names = contingency[block][label]
+        if len(names) <= 24:  # more rows are no picture
+            maps.append(heat_map(f"Block {block}: % of each {label} by expert", counts, names))
+    body += maps[:3]
     body.append(data.pictures(model, contingency))
     title = escape(f"Router {summary['router']} on {data.examples}")
     return PAGE.format(title=title, body="\n".join(body))
@@ -931,10 +921,7 @@ def save(path, content):
         content = content.encode("utf-8", "replace")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it too
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(content)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
