@@ -66,14 +66,14 @@ class MoE(nn.Module):
     def forward(self, x, key=None, routing=None):
         """x [G, T, D] -> y like x, and its Routing (`routing`, if given). key [G, T] is for hash.
 
-        With a routing given, x may be [G, T, n*D]: n vectors that are routed together.
+        With a routing given, x may be [G, T, n*D], as where moe_tokens.py routes sequences whole.
         """
         if routing is None:
             routing = self.router(x, key)
         if routing.filled is None or not isinstance(self.experts, Experts):
             slots = routing.dispatch(x)  # [G, E, C, D]
             y = routing.combine(self.experts(slots))  # [G, T, D]
-        else:  # dropless: skips the empty slots; same y
+        else:  # dropless, and Experts can skip the empty slots; same y
             y = run_filled(routing, x, self.experts)
         if self.shared is not None:
             tokens = x.unflatten(-1, (-1, self.router.dim))  # [G, T, n, D], mostly n = 1
@@ -138,11 +138,11 @@ class Router(nn.Module):
     """What all routers share. A subclass writes forward(x, key) -> Routing, and may say
 
     chooses         who chooses: "tokens" (it may be dropless), "experts", a "threshold", or None
-    causal          True only if, at the same C, no later token changes a token's experts. But C
-                    grows with T: a token dropped in a short text may find a slot in a longer one.
+    causal          True only if, at a fixed C, no later token changes a token's experts. (C grows
+                    with T: a token dropped in a short text may find a slot in a longer one.)
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
-    aux_losses      the losses that it offers; losses_of() says what they read
+    aux_losses      the losses that it offers: losses_of() has them, and the notes they read
     train_defaults  train.py's settings for it, beside its options
     """
 
@@ -154,8 +154,8 @@ class Router(nn.Module):
     train_defaults = {}
 
     def __init_subclass__(cls):
-        of_parent = super(cls, cls).defaults
-        cls.defaults = BUDGET | GATE | of_parent | vars(cls).get("defaults", {})
+        own = vars(cls).get("defaults", {})
+        cls.defaults = BUDGET | GATE | cls.__base__.defaults | own
         if not cls.gated:
             cls.defaults = {name: cls.defaults[name] for name in cls.defaults if name not in GATE}
 
@@ -183,8 +183,8 @@ class Router(nn.Module):
         gate = self.gate_in_use()
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
-            in_float = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
-            return torch.func.functional_call(gate, in_float, x)
+            weights = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
+            return torch.func.functional_call(gate, weights, x)  # gate(x) by these weights
 
     def gate_in_use(self):
         """The random gate in training, where there is one; else, and in evaluation, self.gate."""
@@ -197,7 +197,7 @@ class Router(nn.Module):
         return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
 
     def scores_and_weights(self, logits, noisy):
-        """What decides and what weighs, both [G, T, E]. logits are those without noise."""
+        """What decides and what weighs, both [G, T, E]; plans and sigmoid make them differ."""
         gates = noisy.softmax(2)
         return gates, gates
 
@@ -247,6 +247,7 @@ class TokenChoice(Router):
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
         o = self.options
+        # At K = 1 all are first choices.
         by_position = o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
         # With a limit, and a line that is not by position, a later token may take the last slot.
         self.causal = self.causal and (by_position or o.capacity_factor is None)
@@ -282,10 +283,10 @@ class TokenChoice(Router):
 
 def largest(scores, k, dim):
     """True at the k largest along dim. Of equal ones the first count; topk promises no order."""
-    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN wins, so y shows it
+    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN wins: y shows it
     kth = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     above, equal = scores > kth, scores == kth
-    needed = k - above.sum(dim, keepdim=True)  # of the equal ones
+    needed = k - above.sum(dim, keepdim=True)  # so many of the equal ones
     return above | (equal & (equal.cumsum(dim, dtype=torch.int32) <= needed))
 
 
@@ -300,8 +301,9 @@ def first_come(wants, capacity, rank=None):
     if rank is None:
         in_line = wants.mT.contiguous().cumsum(2, dtype=torch.int32).mT  # 1 for the first
     else:
-        order = torch.where(wants, rank, wants.numel()).argsort(dim=1, stable=True)
-        in_line = order.argsort(dim=1) + 1  # sorted twice: places in line
+        last = wants.numel()  # larger than any rank
+        order = torch.where(wants, rank, last).argsort(dim=1, stable=True)
+        in_line = order.argsort(dim=1) + 1  # the order of an order: places in line
     return wants & (in_line <= capacity)
 
 
@@ -316,7 +318,7 @@ class HardRouting(Routing):
     """
 
     def __init__(self, router, seats, weights, capacity, wants=None, **notes):
-        vars(self).update(notes, router=router)
+        vars(self).update(notes, router=router)  # as in Routing, but without tensors [G, T, E, C]
         self.seats, self.weights, self.capacity, self._rows = seats, weights, capacity, None
         self.wants = seats if wants is None else wants
         self.expert_weights = torch.where(seats, weights, 0.0)
@@ -346,7 +348,8 @@ class HardRouting(Routing):
         G, T, E = self.seats.shape
         seated = self.seats.mT.contiguous().cumsum(2, dtype=torch.int32)  # [G, E, T]
         nth = torch.arange(1, self.capacity + 1, dtype=torch.int32, device=seated.device)
-        token = torch.searchsorted(seated, nth.repeat(G, E, 1))  # the n-th seated; T if none
+        # The n-th seated token; T if there is none. Seats 0 1 0 1 count 0 1 1 2: tokens 1 and 3.
+        token = torch.searchsorted(seated, nth.repeat(G, E, 1))
         group = torch.arange(G, device=seated.device)[:, None, None]
         self._rows = (group * (T + 1) + token).transpose(0, 1).flatten(1)
         return self._rows
@@ -359,7 +362,7 @@ class HardRouting(Routing):
 
     def combine(self, y):
         (G, T, _), rows = self.seats.shape, self.rows()
-        padded = F.pad(self.weights, (0, 0, 0, 1)).flatten(0, 1)  # [G * (T + 1), E]
+        padded = F.pad(self.weights, (0, 0, 0, 1)).flatten(0, 1)  # 0 for empty slots
         weights = padded.T.gather(1, rows)  # [E, G * C]
         weighted = y.transpose(0, 1).flatten(0, 2) * weights.flatten()[:, None].to(y.dtype)
         sums = y.new_zeros(G * (T + 1), y.shape[3]).index_add_(0, rows.flatten(), weighted)
@@ -436,7 +439,7 @@ class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked: one batched product a layer.
 
     For other experts, make_weights() sets parameters [E, ...], and `names` lists them as expert()
-    takes them; those whose names begin with b get no weight decay. An init function for nn.Linear
+    takes them. To train.py, those that begin with b are biases. An init function for nn.Linear
     skips them.
     """
 
@@ -509,7 +512,7 @@ class SparseTokenChoice(SinkhornTokenChoice):
     """
 
     def scores_and_weights(self, logits, noisy):
-        gates = noisy.softmax(2).mT  # [G, E, T]: a column is a token, and sums to 1
+        gates = noisy.softmax(2).mT  # [G, E, T]: sparse_plan limits columns, here tokens
         limits = dict(k=self.options.top_k, column_sum=1.0)
         scores, weights = by_plan(self.options, sparse_plan, gates, gates, **limits)
         return scores.mT, weights.mT
@@ -558,8 +561,8 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
         argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
     gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. alpha is a
-    bonus on each row; a column of P is the projection of gates + alpha. Adam raises alpha where a
-    row gets too little: at most `iterations` times; a group stops when the norm of its rows' errors
+    bonus on each row; a column of P is the projection of gates + alpha. Adam lowers alpha where a
+    row gets too much: at most `iterations` times; a group stops when the norm of its rows' errors
     is <= 1e-3. Columns are exact, rows approximate. Differs: a gradient passes the last projection.
     """
     G, T, E = gates.shape
@@ -569,8 +572,8 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
     alpha = m = v = fixed.new_zeros(G, T, 1)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for step in range(1, iterations + 1):
-        share = project((alpha + fixed) / column_sum, k)  # its columns sum to 1
-        slope = column_sum * share.sum(2, keepdim=True) - row_sum  # [G, T, 1], each row's error
+        plan = column_sum * project((alpha + fixed) / column_sum, k)  # project: to a sum of 1
+        slope = plan.sum(2, keepdim=True) - row_sum  # [G, T, 1], > 0 where a row gets too much
         m = 0.9 * m + 0.1 * slope  # from here: Adam
         v = 0.999 * v + 0.001 * slope**2
         move = lr * m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
@@ -587,7 +590,7 @@ def project(z, k):
     k = min(k, z.shape[1])
     values = z.topk(k, dim=1).values  # [G, k, E], falling
     count = torch.arange(1, k + 1, device=z.device, dtype=z.dtype)[:, None]
-    threshold = (values.cumsum(1) - 1) / count  # if just `count` entries stay
+    threshold = (values.cumsum(1) - 1) / count  # if just the `count` largest stay
     # If z is not finite, or so large that z - 1 is z, the support would be 0.
     support = (values > threshold).sum(1, keepdim=True).clamp(min=1)
     return (z - threshold.gather(1, support - 1)).clamp(min=0) * largest(z, k, dim=1)
@@ -605,7 +608,7 @@ class Sigmoid(TokenChoice):
     train_defaults = dict(capacity_factor=None, balance="bias")
 
     def gates(self, logits):
-        return F.logsigmoid(logits).softmax(2)  # s / sum s; by logarithms, so never 0 / 0
+        return F.logsigmoid(logits).softmax(2)  # softmax(log s) is s / sum s, but never 0 / 0
 
     def scores_and_weights(self, logits, noisy):
         s = noisy.sigmoid()
@@ -647,8 +650,8 @@ class Hash(Router):
         if key.shape != (G, T):
             raise ValueError(f"key must be [G, T] = {[G, T]}, got {list(key.shape)}")
         first = self.table[key.long() % len(self.table)]  # [G, T]
-        after = (torch.arange(E, device=x.device) - first[..., None]) % E  # 0 for the first expert
-        wants = after < self.options.top_k  # [G, T, E]
+        steps = (torch.arange(E, device=x.device) - first[..., None]) % E  # 0 for the first expert
+        wants = steps < self.options.top_k  # [G, T, E]
         weights = at_least_float32(x).new_full(wants.shape, 1 / self.options.top_k)
         if self.options.hash_weights == "learned":
             weights = self.logits(x).masked_fill(~wants, -math.inf).softmax(2)
@@ -684,7 +687,7 @@ class ExpertThreshold(Router):
     @torch.no_grad()
     def update(self, routings, generator=None):
         super().update(routings, generator)
-        gates = torch.cat([routing.weights for routing in routings])  # here they are the gates
+        gates = torch.cat([routing.weights for routing in routings])  # the noisy gates
         below = 1 - self.options.top_k / self.num_experts
         quantile = gather_processes(gates.quantile(below, dim=1)).mean(0).to(self.threshold)  # [E]
         quantile = torch.where(quantile.isfinite(), quantile, self.threshold)  # not finite: stay
@@ -729,10 +732,10 @@ def rank_in_line(priority, scores, biased):
 def move_bias(router, routings):
     """After a step: raise the bias [E] of experts that too few tokens want, lower that of others.
 
-    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): a token's bar is its (K+1)-th
-    largest score plus bias, an expert's margin there its score plus bias, less the bar. Its bias
-    falls by bias_rate times its (q+1)-th largest margin, where q is the even share of tokens: at
-    rate 1, if other biases stood still, q tokens would still want an expert that too many want.
+    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core), where q tokens an expert is even:
+
+        bar[n] = (K+1)-th largest of scores[n] + bias,  margin[n,e] = scores[n,e] + bias[e] - bar[n]
+        bias[e] falls by bias_rate times the (q+1)-th largest of margin[:,e]
     """
     o, bias, E = router.options, router.bias, router.num_experts
     if o.bias_update == "sign":
@@ -758,7 +761,7 @@ def run_filled(routing, x, experts):
     """
     seats, weights = routing.seats.permute(2, 0, 1), routing.weights.permute(2, 0, 1)  # [E, G, T]
     tokens = x.flatten(0, 1)  # [G * T, D]
-    # Where in seats a True stands, expert after expert; then whose row of tokens that is.
+    # Where in seats a True stands, expert after expert: e * G * T + row, the token's row.
     place = seats.flatten().nonzero_static(size=sum(routing.filled)).flatten()
     row = place % len(tokens)
     y = experts(tokens.index_select(0, row), routing.filled)  # [N, D]
