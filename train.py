@@ -18,7 +18,7 @@ one line, status 1. Any other error is a bug, with its traceback.
 """
 
 import argparse
-import ctypes
+
 import datetime
 import gc
 import io
@@ -27,7 +27,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import signal
 import sys
 import time
@@ -460,7 +459,7 @@ def block_stats(sums):
 def check_sound(data, model, step):
     """FloatingPointError for weights that are not finite, or whose loss is not: never save them."""
     model.eval()
-    loss, _, _ = data.loss(model, data.batch(step - 1, part=slice(0, 8)))
+    loss, _, _ = data.loss(model, data.batch(step - 1, part=slice(0, 8)))  # a few are enough
     if not all(tensor.isfinite().all() for tensor in (loss, *model.state_dict().values())):
         raise FloatingPointError(f"at step {step}: the new weights or their loss are not finite")
 
@@ -482,8 +481,7 @@ def conclude(settings, data, model, seconds):
     summary["specialization"], contingency = specialization(settings, data, model)
     summary |= data.report(settings, model, untrained=lambda: build(settings, data))
     summary["cells"] = cells(summary, data)  # for the table
-    first = next(value for value in summary["cells"].values() if value is not None)
-    summary["score"] = data.sign * first  # more is better
+    summary["score"] = data.sign * next(iter(summary["cells"].values()))  # more is better
     return summary, contingency
 
 
@@ -559,8 +557,9 @@ def summary_text(summary, data, contingency):
 
 # ================================================================ Later: the table
 def cells(summary, data):
-    """The row of one run: {column: number, a list of one number for each block, or None}."""
-    found = data.columns(summary)
+    """The row of one run: {column: number, or a list of one number for each block}."""
+    columns = data.columns(summary)
+    found = {name: value for name, value in columns.items() if value is not None}
     for block in summary[data.splits[-1]]["blocks"].values():
         found.setdefault("load max/mean", []).append(block["load_max"])
         found.setdefault("dropped %", []).append(100 * block["dropped"])
@@ -579,11 +578,7 @@ def row(of_runs):
     """A row of the table, {column: text}: over the cells of several runs, mean ± deviation."""
     texts = {}
     for name in of_runs[0]:
-        values = [found[name] for found in of_runs]
-        if None in values:
-            texts[name] = "-"
-            continue
-        parts = []
+        values, parts = [found[name] for found in of_runs], []
         for mean in np.atleast_1d(np.mean(values, 0)):  # one, or one for each block
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
@@ -728,7 +723,7 @@ def nmi_and_null(weight, label, owner, draws=100):
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
     routed.index_add_(0, index, weight.double())
     share = 1 / index.bincount()[index].double()[:, None]  # an owner's tokens share its routing
-    found, other, g = [], torch.arange(len(owners)), seeded("null")
+    found, other, g = [], torch.arange(len(owners)), seeded("null")  # at first not shuffled
     for _ in range(1 + draws):
         counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
         found.append(nmi(counts.index_add(0, label, share * routed[other[index]])))
@@ -828,8 +823,7 @@ def heat_map(heading, counts, names):
 
 def grid_page(entries, shown):
     """The page of a grid: its table, and what each run reaches at which cost."""
-    first, reached = entries[0].runs[0].cells, {}
-    column = next(name for name in first if first[name] is not None)
+    column, reached = next(iter(entries[0].runs[0].cells)), {}
     for entry in entries:
         points = [(done.cells["GFLOPs"], done.cells[column]) for done in entry.runs]
         reached[entry.name] = points * 2  # a line from a point to itself is a dot
@@ -849,7 +843,7 @@ class Record:
         self.seconds = 0.0  # of training until then
         self.start = self.saved_at = time.perf_counter()
 
-    def restore(self, data, model, optimizer):
+    def restore(self, data, model, optimizer=None):
         """Load the checkpoint, if there is one; returns its step. Nothing is written."""
         if not self.checkpoint.exists():
             return 0
@@ -859,7 +853,8 @@ class Record:
         if saved["step"] > self.settings.steps:
             raise ValueError(f"{self.folder} is at step {saved['step']}, beyond --steps")
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if optimizer:
+            optimizer.load_state_dict(saved["optimizer"])
         self.end, self.seconds = saved["metrics_end"], saved["seconds"]
         self.start -= self.seconds
         return saved["step"]
@@ -932,9 +927,9 @@ def read_json(path):
 
 
 def read_lines(folder):
-    """The training lines of metrics.jsonl: those of evaluations have no grad_norm."""
+    """The training lines of metrics.jsonl, without those of evaluations."""
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if "grad_norm" in line]
+    return [line for line in map(json.loads, lines) if "split" not in line]
 
 
 @contextmanager
@@ -1040,20 +1035,12 @@ def milliseconds(b, call, x):
 # ================================================================ Later: the command line
 def main(words=None):
     """Run the command line; returns the exit status, 1 if a run diverged. Mistakes exit with 2."""
-    keep_memory()
     try:
         with mistakes(OSError), process_group():  # such as a full disk
             return command(words)
     except KeyboardInterrupt:  # outside the training, where signals() waits for the step's end
         print("train.py: interrupted", file=sys.stderr)
         return 130
-
-
-def keep_memory():
-    """Let glibc keep what tensors free: to fetch it again takes up to a fifth of a CPU's step."""
-    if platform.libc_ver()[0] == "glibc":
-        for threshold, size in (-3, 2**25), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(threshold, size)
 
 
 def command(words):
@@ -1098,7 +1085,7 @@ def sample(overrides):
     model = build(settings, data)
     if getattr(data, "tokenizer", None) is None:
         raise ValueError(f"{folder} was not trained on text: it cannot write")
-    if Record(settings, folder).restore(data, model, make_optimizer(settings, model)) == 0:
+    if Record(settings, folder).restore(data, model) == 0:
         raise ValueError(f"{folder} has no checkpoint yet")
     with dropless(model) as differs:
         print(moe_tokens.sample(model, data.tokenizer, settings, asked))
@@ -1185,7 +1172,7 @@ def parse(words):
 
 
 def default_text(name, default):
-    """The default in brackets, then those of size tiny and of routers, where they differ."""
+    """Its default, and where others differ: "(token_choice: switch; sigmoid: bias)"."""
     texts = [to_text(default)] if to_text(default) not in ("none", "False", "") else []
     others = {f"{task}, tiny": module.SIZES["tiny"] for task, module in TASKS.items()}
     others |= {router: kind.defaults | kind.train_defaults for router, kind in ROUTERS.items()}
