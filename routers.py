@@ -572,8 +572,8 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
     alpha = m = v = fixed.new_zeros(G, T, 1)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for step in range(1, iterations + 1):
-        plan = column_sum * project((alpha + fixed) / column_sum, k)  # project: to a sum of 1
-        slope = plan.sum(2, keepdim=True) - row_sum  # [G, T, 1], > 0 where a row gets too much
+        share = project((alpha + fixed) / column_sum, k)  # its columns sum to 1
+        slope = column_sum * share.sum(2, keepdim=True) - row_sum  # > 0: the row gets too much
         m = 0.9 * m + 0.1 * slope  # from here: Adam
         v = 0.999 * v + 0.001 * slope**2
         move = lr * m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
