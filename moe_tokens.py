@@ -322,7 +322,6 @@ class Text:
                 page += f"<pre>{painted(of_text, some, self.tokenizer.pieces)}</pre>"
         return page
 
-    # Reading: what fills parts, and whatever else is known of the data.
     def read_bins(self, path):
         """nanoGPT's files: tokens of two bytes."""
         found = []

@@ -109,10 +109,7 @@ class ViT(nn.Module):
 
 
 def resolve(settings, router, overrides):
-    """Fill in what follows from other settings; ValueError where they clash.
-
-    Returns a label for all results, here "". router and overrides: see moe_tokens.py.
-    """
+    """As in moe_tokens.py: fill in settings that follow from others; the label of all results."""
     s = settings
     if s.moe_blocks is None:  # every second block, the last one among them, as in V-MoE
         s.moe_blocks = [block for block in range(s.depth) if (s.depth - block) % 2]
