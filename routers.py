@@ -137,7 +137,8 @@ GATE = dict(
 class Router(nn.Module):
     """What all routers share. A subclass writes forward(x, key) -> Routing, and may say
 
-    chooses         who chooses: "tokens" (it may be dropless), "experts", a "threshold", or None
+    chooses         who chooses: "tokens" (exactly K each; it may be dropless), "experts", a
+                    "threshold" (any number), or None
     causal          True only if, at a fixed C, no later token changes a token's experts. (C grows
                     with T: a token dropped in a short text may find a slot in a longer one.)
     gated           whether it has a gate, and the options in GATE
@@ -197,7 +198,7 @@ class Router(nn.Module):
         return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
 
     def scores_and_weights(self, logits, noisy):
-        """What decides and what weighs, both [G, T, E]; plans and sigmoid make them differ."""
+        """What decides and what weighs, both [G, T, E]: here gates; a plan makes them differ."""
         gates = noisy.softmax(2)
         return gates, gates
 
@@ -249,7 +250,7 @@ class TokenChoice(Router):
         o = self.options
         # At K = 1 all are first choices.
         by_position = o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
-        # With a limit, and a line that is not by position, a later token may take the last slot.
+        # Else, if there is a limit, a later token may take the last slot.
         self.causal = self.causal and (by_position or o.capacity_factor is None)
         if o.bias_rate:
             self.register_buffer("bias", torch.zeros(num_experts))
@@ -439,8 +440,7 @@ class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked: one batched product a layer.
 
     For other experts, make_weights() sets parameters [E, ...], and `names` lists them as expert()
-    takes them. To train.py, those that begin with b are biases. An init function for nn.Linear
-    skips them.
+    takes them; those of shape [E, 1, n] are biases. An init function for nn.Linear skips them.
     """
 
     names = ("w1", "b1", "w2", "b2")

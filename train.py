@@ -126,7 +126,7 @@ SETTINGS = {
 OPTION_HELP = {
     "top_k": "experts a token chooses; elsewhere it sets the number of slots",
     "capacity_factor": "slots for each choice; none: as many as are asked for (dropless)",
-    "noise_std": "E times the deviation of the noise on logits in training",
+    "noise_std": "E times the deviation of the noise on logits in training; vmoe's load needs it",
     "router_weights": "frozen: as they start; random: drawn anew at each step",
     "gate": "one layer, or an mlp with one hidden layer",
     "priority": "who gets a seat first: by position, first choices, or the largest gates",
@@ -270,7 +270,9 @@ def defaults_of(overrides):
     if overrides.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     lacks = ["router_lr"] if router == "dense" else ["dense_match"]
-    if "balance" not in kind.aux_losses:
+    balance = overrides.get("balance", values["balance"])
+    lacks_bias = balance in ("bias", "quantile") and "bias_rate" not in kind.defaults
+    if lacks_bias or not set(BALANCE[balance]) <= set(kind.aux_losses):
         lacks += ["balance", "balance_weight"]
     for name in lacks:
         del values[name]
@@ -352,11 +354,11 @@ def make_optimizer(settings, model):
     bare = {"params": [], "weight_decay": 0.0, "factor": 1.0}
     gates = {"params": [], "weight_decay": 0.0, "factor": getattr(settings, "router_lr", 1.0)}
     for name, parameter in model.named_parameters():
-        group, own_name = weights, name.split(".")[-1]
+        group = weights
         if ".router." in name:
             group = gates
-        elif parameter.ndim < 2 or own_name == "position" or own_name[0] == "b":  # experts' biases
-            group = bare
+        elif parameter.ndim < 2 or parameter.shape[-2] == 1 or name == "position":
+            group = bare  # experts' biases are [E, 1, n]
         if parameter.requires_grad:
             group["params"].append(parameter)
     return torch.optim.AdamW([weights, bare, gates], settings.lr, (0.9, 0.95), fused=True)
@@ -366,8 +368,8 @@ def train_step(settings, data, model, optimizer, step, batch):
     """One optimizer step: forward, backward, clip, step, update of the routers.
 
     batch is this process's part. data.loss() gives the mean loss, {name: sum}, {block: routing}.
-    Returns the sums for data.metrics(), the routers' losses with grad_norm, the routings, and the
-    next step's batch.
+    Returns the sums for data.metrics(), the routers' losses summed over blocks and grad_norm, the
+    routings, and the next step's batch.
     FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
@@ -770,7 +772,7 @@ def run_page(data, model, summary, shown, lines, contingency):
     """The page of one run, HTML that needs no network. shown: what is printed; lines: the log."""
     drawn = {name: {} for name in CURVES}  # {name: {"" or a block: [(step, value), ...]}}
     for line in lines:
-        for block, values in {"": line, **line["blocks"]}.items():  # "" is the whole model
+        for block, values in {"": {"loss": line["loss"]}, **line["blocks"]}.items():
             for name in drawn.keys() & values.keys():
                 drawn[name].setdefault(block, []).append((line["step"], values[name]))
     body = [f"<pre class=table>{escape(data.description)}\n{escape(shown)}</pre>"]
