@@ -66,7 +66,7 @@ class MoE(nn.Module):
     def forward(self, x, key=None, routing=None):
         """x [G, T, D] -> y like x, and its Routing (`routing`, if given). key [G, T] is for hash.
 
-        With a routing given, x may be [G, T, n*D], as where moe_tokens.py routes sequences whole.
+        With a routing given, x may be [G, T, n*D]: each token is n vectors that stay together.
         """
         if routing is None:
             routing = self.router(x, key)
@@ -94,7 +94,8 @@ class Routing:
     filled = None  # of a dropless HardRouting: how many slots each expert fills
 
     def __init__(self, dispatch, combine, router=None, **notes):
-        vars(self).update(notes, router=router)  # routing.logits, ...: losses_of() reads them
+        # Notes: logits, noisy, gates, wants; losses_of() reads them.
+        vars(self).update(notes, router=router)
         self._dispatch, self._combine = dispatch, combine
         self.expert_weights = combine.sum(3)
         self.slots_per_token = (dispatch != 0).sum((2, 3))
@@ -156,7 +157,7 @@ class Router(nn.Module):
 
     def __init_subclass__(cls):
         own = vars(cls).get("defaults", {})
-        cls.defaults = BUDGET | GATE | cls.__base__.defaults | own
+        cls.defaults = BUDGET | GATE | cls.__base__.defaults | own  # a parent may lack GATE
         if not cls.gated:
             cls.defaults = {name: cls.defaults[name] for name in cls.defaults if name not in GATE}
 
@@ -179,13 +180,16 @@ class Router(nn.Module):
             raise ValueError(f"{rule}, got {list(x.shape)}")
 
     def logits(self, x):
-        """gate(x), without noise, in float32 at least: logits [G, T, E] of tokens x [G, T, D]."""
+        """gate(x), without noise: logits [G, T, E] of tokens x [G, T, D], in float32 at least.
+
+        So that near ties are decided alike in a model of 16 bits too.
+        """
         self.check_tokens(x)
         gate = self.gate_in_use()
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
             weights = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
-            return torch.func.functional_call(gate, weights, x)  # gate(x) by these weights
+            return torch.func.functional_call(gate, weights, x)  # gate(x), by weights of x's type
 
     def gate_in_use(self):
         """The random gate in training, where there is one; else, and in evaluation, self.gate."""
@@ -198,12 +202,12 @@ class Router(nn.Module):
         return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
 
     def scores_and_weights(self, logits, noisy):
-        """What decides and what weighs, both [G, T, E]: here gates; a plan makes them differ."""
+        """What decides and what weighs, both [G, T, E]: here both are gates, with noise."""
         gates = noisy.softmax(2)
         return gates, gates
 
     def capacity(self, tokens, margin=1):
-        """C = ceil(margin*T*K*cf / E), from 1 to T; None if dropless.
+        """C = ceil(margin*T*K*cf / E), from 1 to T; None if dropless. margin: 1, or room to spare.
 
         Differs: the published code rounds up to a multiple of 4.
         """
@@ -284,7 +288,7 @@ class TokenChoice(Router):
 
 def largest(scores, k, dim):
     """True at the k largest along dim. Of equal ones the first count; topk promises no order."""
-    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN wins: y shows it
+    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN is chosen, and shows
     kth = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     above, equal = scores > kth, scores == kth
     needed = k - above.sum(dim, keepdim=True)  # so many of the equal ones
@@ -365,8 +369,9 @@ class HardRouting(Routing):
         (G, T, _), rows = self.seats.shape, self.rows()
         padded = F.pad(self.weights, (0, 0, 0, 1)).flatten(0, 1)  # 0 for empty slots
         weights = padded.T.gather(1, rows)  # [E, G * C]
-        weighted = y.transpose(0, 1).flatten(0, 2) * weights.flatten()[:, None].to(y.dtype)
-        sums = y.new_zeros(G * (T + 1), y.shape[3]).index_add_(0, rows.flatten(), weighted)
+        y = y.transpose(0, 1).flatten(0, 2)  # [E * G * C, D]
+        weighted = y * weights.flatten()[:, None].to(y.dtype)
+        sums = y.new_zeros(G * (T + 1), y.shape[1]).index_add_(0, rows.flatten(), weighted)
         return sums.unflatten(0, (G, T + 1))[:, :-1]
 
 
@@ -440,7 +445,7 @@ class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked: one batched product a layer.
 
     For other experts, make_weights() sets parameters [E, ...], and `names` lists them as expert()
-    takes them; those of shape [E, 1, n] are biases. An init function for nn.Linear skips them.
+    takes them; those of shape [E, 1, n] are biases. model.apply(init) skips them.
     """
 
     names = ("w1", "b1", "w2", "b2")
@@ -531,7 +536,7 @@ class SparseExpertChoice(SinkhornExpertChoice):
 
 
 def by_plan(options, solve, z, gates, **limits):
-    """Scores and weights where a plan, solve(z), decides; combine_weights says what weighs."""
+    """Scores and weights where a plan, solve(z), decides; z: logits, or gates, as solve needs."""
     if options.combine_weights == "plan":
         plan = solve(z, iterations=options.iterations, **limits)
         return plan, plan
@@ -560,10 +565,10 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
 
         argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
-    gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. alpha is a
-    bonus on each row; a column of P is the projection of gates + alpha. Adam lowers alpha where a
-    row gets too much: at most `iterations` times; a group stops when the norm of its rows' errors
-    is <= 1e-3. Columns are exact, rows approximate. Differs: a gradient passes the last projection.
+    gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. alpha [G, T,
+    1] raises a row's gates until its sum fits; a column of P is the projection of gates + alpha.
+    Adam moves alpha, at most `iterations` times; a group stops when the norm of its rows' errors is
+    <= 1e-3. Columns are exact, rows approximate. Differs: a gradient passes the last projection.
     """
     G, T, E = gates.shape
     column_sum = T / E if column_sum is None else column_sum
@@ -585,7 +590,8 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
 def project(z, k):
     """Each column of z [G, T, E], over T, projected on the simplex with at most k non-zeros.
 
-    Its k largest entries stay, less the threshold that, after a clip at 0, makes their sum 1.
+    Its k largest entries stay, less a threshold, clipped at 0, so that they sum to 1. With k = 2,
+    .6 .5 .1 becomes .55 .45 0.
     """
     k = min(k, z.shape[1])
     values = z.topk(k, dim=1).values  # [G, k, E], falling
@@ -608,7 +614,7 @@ class Sigmoid(TokenChoice):
     train_defaults = dict(capacity_factor=None, balance="bias")
 
     def gates(self, logits):
-        return F.logsigmoid(logits).softmax(2)  # softmax(log s) is s / sum s, but never 0 / 0
+        return F.logsigmoid(logits).softmax(2)  # s / sum s; from log s, so never 0 / 0
 
     def scores_and_weights(self, logits, noisy):
         s = noisy.sigmoid()
@@ -719,7 +725,7 @@ def build_router(name, dim, num_experts, **options):
 
 # ================================================================ Later: lines, biases, no drops
 def rank_in_line(priority, scores, biased):
-    """Numbers [G, T, E], lowest first in line: all first choices stand before all second."""
+    """Numbers [G, T, E], the lowest first in line: all first choices before all second ones."""
     T = scores.shape[1]
     falling = dict(descending=True, stable=True)
     place = torch.arange(T, device=scores.device)[:, None]
@@ -732,7 +738,7 @@ def rank_in_line(priority, scores, biased):
 def move_bias(router, routings):
     """After a step: raise the bias [E] of experts that too few tokens want, lower that of others.
 
-    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core), where q tokens an expert is even:
+    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core), with q = N*K / E, the even share:
 
         bar[n] = (K+1)-th largest of scores[n] + bias,  margin[n,e] = scores[n,e] + bias[e] - bar[n]
         bias[e] falls by bias_rate times the (q+1)-th largest of margin[:,e]
