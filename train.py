@@ -13,12 +13,11 @@ marked "Later" may wait. Words are explained in routers.py. Every random draw ha
 (seed, step, "noise"), so a resumed run is the same run, with no random state to keep. Of many
 processes, each draws the whole batch's random numbers and uses its own rows.
 
-Errors in settings, data or model, and a full disk: one line, status 2. A loss that is not finite:
-one line, status 1. Any other error is a bug, with its traceback.
+What fails while settings, data and model are made, and a full disk: one line, status 2. A loss that
+is not finite: one line, status 1. Any later error is a bug, with its traceback.
 """
 
 import argparse
-
 import datetime
 import gc
 import io
@@ -294,7 +293,7 @@ def resolve_balance(s, overrides):
 def reset_idle(s):
     """Reset settings without effect beside the others, so that equal runs get equal codes."""
     weights = {getattr(s, name, "learned") for name in ("router_weights", "hash_weights")}
-    idle = {
+    is_idle = {
         "priority": getattr(s, "capacity_factor", 1) is None,  # dropless, all get a slot
         "top_k": getattr(s, "slots", None) is not None,
         "capacity_factor": getattr(s, "slots", None) is not None,
@@ -303,7 +302,7 @@ def reset_idle(s):
         "router_lr": weights != {"learned"},  # not every gate learns
     }
     for name, default in defaults_of({"task": s.task, "router": s.router}).items():
-        if idle.get(name):
+        if is_idle.get(name):
             setattr(s, name, default)
 
 
@@ -548,10 +547,8 @@ def summary_text(summary, data, contingency):
     """What a run prints: its row, how much its experts know of labels, the data's notes."""
     rows = []
     for found in summary["specialization"]:
-        of_numbers = {
-            head: f"{found[head]:.3f}" for head in found if isinstance(found[head], float)
-        }
-        rows.append(found | {"block": str(found["block"])} | of_numbers)
+        rounded = {head: f"{found[head]:.3f}" for head in found if isinstance(found[head], float)}
+        rows.append(found | {"block": str(found["block"])} | rounded)
     line = {"router": summary["router"]} | row([summary["cells"]])
     parts = table([line]), table(rows), data.notes(contingency)
     return "\n".join(filter(None, parts))
@@ -611,19 +608,19 @@ def results(overrides):
     runs, notes = finished(folder)
     if not runs:
         raise ValueError("; ".join([f"{folder} holds no finished run", *notes[:3]]))
-    axes = []  # settings that a user gave and that differ between runs: a column each
+    varied = []  # settings that a user gave and that differ between runs: a column each
     for name in dict.fromkeys(itertools.chain(*(done.overrides for done in runs))):
         values = {to_text(done.settings.get(name, "-")) for done in runs}
         if len(values - {"-"}) > 1 and name not in (*FREE, "router", "seed"):
-            axes.append(name)
-    if not {"task", "head", "data"}.isdisjoint(axes):
+            varied.append(name)
+    if not {"task", "head", "data"}.isdisjoint(varied):
         raise ValueError(f"{folder} holds runs of several tasks or data, which no table compares")
     groups, entries = {}, []
     for done in runs:
         groups.setdefault(done.settings["code"], []).append(done)
     for group in groups.values():  # runs of the same settings, one of each seed
         texts = {"router": group[0].settings["title"]}
-        for name in axes:
+        for name in varied:
             texts[name] = to_text(group[0].settings.get(name, "-"))
         name = " ".join(texts.values())  # in the pictures
         texts |= {"seeds": str(len(group)), "to the best": ""}  # compare() fills it in
@@ -633,8 +630,8 @@ def results(overrides):
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     compare(entries)
     shown = "\n".join([table([entry.texts for entry in entries]), "", *notes])
-    save(folder / "results.md", shown + "\n")
-    save(folder / "report.html", grid_page(entries, shown))
+    write_whole(folder / "results.md", shown + "\n")
+    write_whole(folder / "report.html", grid_page(entries, shown))
     print(shown)
 
 
@@ -878,7 +875,7 @@ class Record:
         config = {"overrides": overrides, "settings": vars(self.settings)}
         config |= {"data": data.description, "fingerprint": data.fingerprint}
         config |= {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-        save(self.folder / "config.json", json.dumps(config, indent=1))
+        write_whole(self.folder / "config.json", json.dumps(config, indent=1))
 
     def log(self, step, values):
         """A line of metrics.jsonl. It holds no clock, so that equal runs have equal files."""
@@ -900,7 +897,7 @@ class Record:
             saved |= {"metrics_end": self.lines.tell(), "seconds": self.seconds}
             raw = io.BytesIO()  # in memory first: so a full disk is an OSError like any other
             torch.save(saved, raw)
-            save(self.checkpoint, raw.getvalue())
+            write_whole(self.checkpoint, raw.getvalue())
         self.saved_at = time.perf_counter()
 
     def finish(self, summary, page):
@@ -908,11 +905,11 @@ class Record:
         for split, values in summary.items():
             if isinstance(values, dict) and "blocks" in values:
                 self.log(self.settings.steps, {"split": split, **values})
-        save(self.folder / "report.html", page)
-        save(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_whole(self.folder / "report.html", page)
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
 
 
-def save(path, content):
+def write_whole(path, content):
     """Write text or bytes, whole or not at all: under another name, then in place of the old."""
     if isinstance(content, str):
         content = content.encode("utf-8", "replace")
