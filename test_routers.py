@@ -1573,6 +1573,14 @@ def test_nmi_equals_values_worked_out_by_hand_and_its_null_permutes_whole_units(
     assert value > 0.7 and 0 < np.mean(null) <= np.quantile(null, 0.95) < 0.05 and len(null) >= 50
 
 
+def test_patches_that_show_no_tile_are_not_counted(monkeypatch):
+    monkeypatch.setattr(train, "EXAMINED", 2**12)  # sooner
+    b = built("--router hash --patch 4")
+    _, contingency = train.specialization(b.settings, b.data, b.model)
+    kinds, tiles = (contingency[1][label][0] for label in ("patch kind", "tile"))
+    assert kinds.sum() == 2048 * 64 and 0 < tiles.sum() == kinds[1:].sum()  # background has none
+
+
 # ================================================================ the report page
 def page_of(path):
     """A report page, which loads nothing, and the heights of its curves, {heading: [[y, ...]]}."""
