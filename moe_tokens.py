@@ -4,8 +4,6 @@ The model is GPT-2's: pre-LN blocks, learned positions, tied embeddings. Every b
 place of its FFN, or those that --moe-blocks names. A group is a sequence: x [B, T, D] is already
 [G, T, D]. The axes of the study are settings: what is routed (--unit), how often (--scope), to how
 many experts (--top-k), by what weights (--router-weights).
-
-Text comes as documents with topics, or as nanoGPT's train.bin and val.bin.
 """
 
 import collections
@@ -334,7 +332,7 @@ class Text:
             windows = sliding_window_view(ids, self.context + 1)[:: self.context]  # not in memory
             self.stored[split] = windows, np.zeros(len(windows), int)
             found.append(ids)
-        self.fingerprint, largest = fingerprint(*found), max(int(ids.max()) for ids in found)
+        self.fingerprint, largest = fingerprint(*found), int(max(map(np.max, found)))
         self.vocab_size = 64 * (largest // 64 + 1)  # a multiple of 64 runs faster
         self.description = f"{path.name}: nanoGPT's format, vocabulary of {self.vocab_size}"
 
@@ -364,7 +362,8 @@ class Text:
             place = {topic: i for i, (topic, _) in enumerate(largest)}
             self.topics = list(place)
             self.topic_of = torch.tensor([place.get(topic, -1) for topic in topics])
-        self.classes = CODE if all(d.name.endswith(".py") for d in documents) else PROSE
+        is_code = all(document.name.endswith(".py") for document in documents)
+        self.classes = CODE if is_code else PROSE
         kinds = [token_class(i, piece, self.classes) for i, piece in enumerate(pieces)]
         self.class_of, self.bytes_of = torch.tensor(kinds), torch.tensor(list(map(len, pieces)))
         self.vocab_size = len(pieces)
@@ -500,14 +499,17 @@ def read_documents(path):
 
     path None: the standard library without its tests; topics are top-level packages and modules.
     """
-    root, skipped = pathlib.Path(path or sysconfig.get_paths()["stdlib"]), ()
+    root, skipped = pathlib.Path(path or sysconfig.get_paths()["stdlib"]), set()
     if path is None:
-        skipped = "test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"
-    documents = []
-    files = [root] if root.is_file() else sorted(root.rglob("*.py" if path is None else "*"))
-    for file in files:
+        skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+    files, documents = [], []
+    for folder, below, names in os.walk(root):
+        below[:] = set(below) - skipped  # it does not walk there
+        files += map(pathlib.Path(folder).joinpath, names)
+    for file in sorted(files) or [root]:
         inner = file.relative_to(root).parts
-        if not file.is_file() or any(part[0] == "." or part in skipped for part in inner):
+        hidden = any(part[0] == "." for part in inner)
+        if hidden or not file.is_file() or (path is None and file.suffix != ".py"):
             continue
         raw = file.read_bytes()
         try:
@@ -516,7 +518,7 @@ def read_documents(path):
             raise ValueError(f"{file} is not UTF-8 at byte {error.start}") from None
         topic = inner[0].removesuffix(".py") if len(inner) > 1 or path is None else ""
         documents.append(Document(topic, "/".join(inner) or file.name, raw))
-    if not any(document.raw for document in documents):
+    if not documents:
         raise ValueError(f"{root} holds no text, or does not exist")
     return documents
 
@@ -563,13 +565,12 @@ def sample(model, tokenizer, saved, asked):
 
 @torch.no_grad()
 def generate(model, tokens, count, temperature=1.0, seed=0):
-    """`count` more tokens after a list: the likeliest at temperature 0, else drawn."""
+    """`count` more tokens after a list, drawn; at temperature 0 the likeliest."""
     for step in range(count):
         context = torch.tensor([tokens[-model.context :]], device=model.position.device)
         logits, _ = model(context)
         chance = (logits[0, -1].float().cpu() / max(temperature, 1e-6)).softmax(-1)
-        drawn = chance.multinomial(1, generator=seeded(seed, "sample", step))
-        tokens = tokens + [int(drawn if temperature > 0 else chance.argmax())]
+        tokens = tokens + chance.multinomial(1, generator=seeded(seed, "sample", step)).tolist()
     return tokens
 
 
