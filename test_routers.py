@@ -1078,6 +1078,7 @@ WRONG_FLAGS = [
     ("--bench --router soft hash", "--router takes one value beside --bench"),
     ("--resume x --dim 16", "--dim cannot change in a run that is resumed"),
     ("--out full", "--out full is not empty"),
+    ("--router expert_choice --balance switch", "expert_choice on --task vision has no --balance"),
 ]
 
 
@@ -1302,7 +1303,7 @@ def step_by_hand(b, step, moments):
 
 def test_steps_equal_those_written_out_by_hand(album):
     flags = """--router token_choice --balance st_moe --balance-weight 0.1 --bias-rate 0.1
-        --shared 1 --top-k 2 --router-lr 0.5 --lr 0.1 --steps 30 --dtype float64"""
+        --shared 1 --top-k 2 --router-lr 0.5 --lr 0.1 --steps 30 --dtype float64 --moe-blocks 0,1"""
     b, twin, moments, norms = built(flags, album), built(flags, album), {}, []
     for step in range(8):
         stepped = step_of(b, step)
@@ -1458,6 +1459,8 @@ def test_windows_lie_within_documents_which_are_divided_by_topic(shelf):
     assert collections.Counter(document.topic for document in held) == {"de": 4, "en": 4, "it": 4}
     (start,), (end,) = moe_tokens.divide([moe_tokens.Document("", "x", b"1234567890")])
     assert (start.raw, end.raw) == (b"123456789", b"0")
+    alone = [moe_tokens.Document(str(i), str(i), b"x") for i in range(20)]
+    assert len(moe_tokens.divide(alone)[1]) == 2  # topics of one document are taken together
     for part, chosen in ("train", kept), ("validation", held):
         batch = data.ready(part, np.arange(data.sizes[part]))
         topic = data.topic_of[batch["document"]]
@@ -1471,6 +1474,8 @@ def test_windows_lie_within_documents_which_are_divided_by_topic(shelf):
         assert batch["bytes"][0].tolist() == [0, 0, 0, 0, *spelled]
     order = torch.cat([data.batch(step)["input"] for step in range(data.sizes["train"] // 4)])
     assert len(order.unique(dim=0)) > 0.9 * len(order)  # an epoch meets each window once
+    order = torch.cat([moe_vision.rows_of_step(1, step, 3, 4) for step in range(4)]).view(3, 4)
+    assert (order.sort(1).values == torch.arange(4)).all()  # also where a batch spans two epochs
     same(data.batch(1, part=slice(1, 3))["input"], data.batch(1)["input"][1:3], 0)
 
 
@@ -1688,6 +1693,7 @@ def test_a_table_tells_means_ties_and_single_seeds_and_no_leaky_row_is_the_best(
     for i, (router, seed) in enumerate(itertools.product(bits, (0, 1))):
         (path,) = here.glob(f"g/{router}-seed_{seed}-*/summary.json")
         summary, value = json_of(path), bits[router][seed]
+        assert summary["score"] == -summary["cells"]["bits/byte"]
         summary["cells"] |= {"GFLOPs": 1.0 + i // 2, "bits/byte": value}
         path.write_text(json.dumps(summary | {"score": -value}))
     run("--table g")
