@@ -1150,7 +1150,7 @@ def runs_to_do(lists, several):
 def parse(words):
     """The command line -> an action or None, and what it says, {setting: [values]}."""
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    parser.description = __doc__.partition("\n")[0]
     groups = {"a run": SETTINGS} | {f"--task {name}": TASKS[name].SETTINGS for name in TASKS}
     groups |= {"options of routers": OPTIONS}
     groups |= {"instead of a run, and beside it": ACTIONS | moe_tokens.SAMPLING}
