@@ -26,7 +26,6 @@ slots each (capacity_factor=2). The gates, softmax(logits), are
 Words, the same in every file:
     gate      the layer that makes logits [G, T, E] from tokens
     gates     softmax(logits), unless a router says otherwise
-    plan      gates rebalanced so that every expert receives about the same total weight
     scores    decide who goes where, weights multiply the outputs; mostly both are the gates
     wants     True where a token wants an expert; seats: True where it got a slot of that expert
     load      each expert's share of all wants, before any token is turned away
@@ -40,7 +39,6 @@ Read up to the first "Later"; the rest is variations. To add a router, subclass 
 HardRouting or a Routing, and add it to ROUTERS. Not here: experts on several machines, padding.
 """
 
-import copy
 import math
 import numbers
 from types import SimpleNamespace
@@ -76,8 +74,7 @@ class MoE(nn.Module):
         else:  # dropless, and Experts can skip the empty slots; same y
             y = run_filled(routing, x, self.experts)
         if self.shared is not None:
-            tokens = x.unflatten(-1, (-1, self.router.dim))  # [G, T, n, D], mostly n = 1
-            y = y + self.shared(tokens).flatten(-2)
+            y = y + self.shared(x.reshape(-1, self.router.dim)).view_as(y)
         return y, routing
 
 
@@ -87,15 +84,14 @@ class Routing:
     expert_weights     [G, T, E], what each expert's output weighs for each token
     slots_per_token    [G, T], in how many slots each sits; 0: it is dropped
     tokens_per_expert  [E], how many tokens want each expert; in Soft MoE, its total weight
-    load               [E], each expert's share of that
+    notes              what losses and statistics read, as attributes: logits, gates, wants, ...
     """
 
     gates = None  # where a router has none
     filled = None  # of a dropless HardRouting: how many slots each expert fills
 
     def __init__(self, dispatch, combine, router=None, **notes):
-        # Notes: logits, noisy, gates, wants; losses_of() reads them.
-        vars(self).update(notes, router=router)
+        vars(self).update(notes, router=router)  # each note becomes an attribute
         self._dispatch, self._combine = dispatch, combine
         self.expert_weights = combine.sum(3)
         self.slots_per_token = (dispatch != 0).sum((2, 3))
@@ -115,6 +111,7 @@ class Routing:
 
     @property
     def load(self):
+        """[E], each expert's share of tokens_per_expert."""
         return self.tokens_per_expert / self.tokens_per_expert.sum().clamp(min=1)
 
     @property
@@ -140,8 +137,7 @@ class Router(nn.Module):
 
     chooses         who chooses: "tokens" (exactly K each; it may be dropless), "experts", a
                     "threshold" (any number), or None
-    causal          True only if, at a fixed C, no later token changes a token's experts. (C grows
-                    with T: a token dropped in a short text may find a slot in a longer one.)
+    causal          True only if, at a fixed C, no later token changes a token's experts
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
     aux_losses      the losses that it offers: losses_of() has them, and the notes they read
@@ -151,15 +147,13 @@ class Router(nn.Module):
     chooses = "experts"
     causal = False
     gated = True
-    defaults = BUDGET | GATE
+    defaults = {}
     aux_losses = ("z",)
     train_defaults = {}
 
     def __init_subclass__(cls):
-        own = vars(cls).get("defaults", {})
-        cls.defaults = BUDGET | GATE | cls.__base__.defaults | own  # a parent may lack GATE
-        if not cls.gated:
-            cls.defaults = {name: cls.defaults[name] for name in cls.defaults if name not in GATE}
+        shared = BUDGET | GATE if cls.gated else BUDGET
+        cls.defaults = shared | cls.__base__.defaults | vars(cls).get("defaults", {})
 
     def __init__(self, dim, num_experts, tokens=None, **options):
         """tokens: how many a group has. Soft alone needs it, where slots is None."""
@@ -167,12 +161,9 @@ class Router(nn.Module):
         self.dim, self.num_experts, self.tokens = dim, num_experts, tokens
         self.options = SimpleNamespace(**(self.defaults | options))
         check_options(self, options)
-        self.random_gate = None
         if self.gated:
             self.gate = new_gate(dim, num_experts, self.options.gate)
             self.gate.requires_grad_(self.options.router_weights == "learned")
-            if self.options.router_weights == "random":
-                self.random_gate = copy.deepcopy(self.gate)
 
     def check_tokens(self, x):
         if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.dim:
@@ -185,15 +176,10 @@ class Router(nn.Module):
         So that near ties are decided alike in a model of 16 bits too.
         """
         self.check_tokens(x)
-        gate = self.gate_in_use()
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
-            weights = {name: weight.to(x.dtype) for name, weight in gate.named_parameters()}
-            return torch.func.functional_call(gate, weights, x)  # gate(x), by weights of x's type
-
-    def gate_in_use(self):
-        """The random gate in training, where there is one; else, and in evaluation, self.gate."""
-        return self.random_gate if self.training and self.random_gate is not None else self.gate
+            weights = {name: weight.to(x.dtype) for name, weight in self.gate.named_parameters()}
+            return torch.func.functional_call(self.gate, weights, x)  # gate(x), in x's type
 
     def add_noise(self, logits):
         """In training, logits with noise of deviation noise_std / E; else the logits themselves."""
@@ -221,8 +207,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def update(self, routings, generator=None):
         """Moves what has no gradient. Call it after each training step with the step's routings."""
-        if self.random_gate is not None:
-            redraw(self.random_gate, generator)
+        if self.gated and self.options.router_weights == "random":
+            redraw(self.gate, generator)
 
 
 # ---------------------------------------------------------------- tokens choose experts
@@ -306,9 +292,7 @@ def first_come(wants, capacity, rank=None):
     if rank is None:
         in_line = wants.mT.contiguous().cumsum(2, dtype=torch.int32).mT  # 1 for the first
     else:
-        last = wants.numel()  # larger than any rank
-        order = torch.where(wants, rank, last).argsort(dim=1, stable=True)
-        in_line = order.argsort(dim=1) + 1  # the order of an order: places in line
+        in_line = 1 + ranks(torch.where(wants, rank, wants.numel()), dim=1)  # no rank is as large
     return wants & (in_line <= capacity)
 
 
@@ -727,12 +711,16 @@ def build_router(name, dim, num_experts, **options):
 def rank_in_line(priority, scores, biased):
     """Numbers [G, T, E], the lowest first in line: all first choices before all second ones."""
     T = scores.shape[1]
-    falling = dict(descending=True, stable=True)
     place = torch.arange(T, device=scores.device)[:, None]
     if priority == "gate":  # the surest token first
-        place = scores.amax(2, keepdim=True).argsort(dim=1, **falling).argsort(dim=1)
-    choice = biased.argsort(dim=2, **falling).argsort(dim=2)  # sorted twice, a rank: 0 is first
+        place = ranks(-scores.amax(2, keepdim=True), dim=1)
+    choice = ranks(-biased, dim=2)  # a token's first choice has rank 0
     return choice * T + place
+
+
+def ranks(z, dim):
+    """The place of each number along dim: 0 for the smallest, of equal ones the first."""
+    return z.argsort(dim=dim, stable=True).argsort(dim=dim)
 
 
 def move_bias(router, routings):
@@ -856,43 +844,40 @@ CHOICES = {
 
 
 def check_options(router, overrides):
-    """ValueError for an unknown option, or a value of the wrong type or range.
+    """ValueError for an unknown option, or a value that its default's type does not allow.
 
-    The type of the default decides: floats are >= 0, whole numbers >= 1. A default always passes.
+    A default itself always passes, and any value of a fork's option whose default is no number.
     """
-    unknown = [name for name in overrides if name not in router.defaults]
-    if unknown:
-        has = f"it has {', '.join(router.defaults)}"
-        raise ValueError(f"{type(router).__name__} has no option {', '.join(unknown)}; {has}")
-    o, E = router.options, router.num_experts
-    values = dict(dim=router.dim, num_experts=E, tokens=router.tokens) | vars(o)
-    for name, value in values.items():
-        default = router.defaults.get(name, 1)  # dim, num_experts and tokens are whole numbers
-        kind = type(default)
-        if type(value) is kind and value == default:
-            continue
-        if value is None and name in ("tokens", "capacity_factor"):
-            continue
+    kind, o, E = type(router).__name__, router.options, router.num_experts
+    for name in overrides:
+        if name not in router.defaults:
+            known = ", ".join(router.defaults)
+            raise ValueError(f"{kind} has no option {name}; it has {known}")
+    sizes = dict(dim=router.dim, num_experts=E, tokens=router.tokens)
+    for name, value in (sizes | vars(o)).items():
+        default = router.defaults.get(name, 1)  # sizes are whole numbers
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         rule, good = "", True
         if name in CHOICES:
             rule, good = f"one of {', '.join(CHOICES[name])}", value in CHOICES[name]
-        elif kind is bool:
+        elif isinstance(default, bool):
             rule, good = "True or False", isinstance(value, bool)
-        elif kind is int or name in ("slots", "num_keys"):
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            rule, good = "a whole number >= 1", whole and value >= 1
-        elif kind is float:
-            rule, least = "a number >= 0", 0.0
+        elif isinstance(default, float):
+            rule, good = "a number >= 0", number and 0 <= value < math.inf
             if name == "capacity_factor":
-                rule, least = "a positive number", 1e-9
-            good = isinstance(value, numbers.Real) and least <= value < math.inf
-        if not good:
+                rule, good = "a positive number", good and value > 0
+        elif isinstance(default, int) or name in ("slots", "num_keys"):
+            whole = number and isinstance(value, numbers.Integral)
+            rule, good = "a whole number >= 1", whole and value >= 1
+        is_default = type(value) is type(default) and value == default
+        is_none = value is None and name in ("tokens", "capacity_factor")
+        if not (good or is_default or is_none):
             raise ValueError(f"{name} must be {rule}, got {name}={value!r}")
     if o.top_k > E:
         raise ValueError(f"top_k must be at most num_experts={E}, got top_k={o.top_k}")
     if o.capacity_factor is None and router.chooses != "tokens":
         rule = "capacity_factor=None (dropless) is for routers in which tokens choose"
-        raise ValueError(f"{rule}, got {type(router).__name__}")
+        raise ValueError(f"{rule}, got {kind}")
 
 
 def new_gate(dim, num_experts, kind="linear"):
@@ -909,10 +894,7 @@ def redraw(gate, generator=None):
     """Fresh weights of deviation dim^-1/2: a linear gate's logits vary as tokens do."""
     for weight in gate.parameters():
         fresh = torch.empty(weight.shape, dtype=weight.dtype)  # on the CPU: all devices start alike
-        fresh.normal_(0, weight.shape[1] ** -0.5, generator=generator)
-        if weight.device.type == "cuda":
-            fresh = fresh.pin_memory()  # so that the copy waits for nothing
-        weight.copy_(fresh, non_blocking=True)
+        weight.copy_(fresh.normal_(0, weight.shape[1] ** -0.5, generator=generator))
 
 
 def at_least_float32(z):
@@ -932,6 +914,6 @@ def gather_processes(rows):
     """The rows [N, ...] of all processes, one process after the other."""
     if not dist.is_initialized():
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(whole, rows.contiguous())
+    return whole

@@ -59,13 +59,13 @@ from routers import CHOICES, ROUTERS, Experts, MoE, Router, build_router
 # A task is a module: SETTINGS, SIZES, resolve() and load_data(). That gives the data, whose methods
 # build the model, batch, judge and draw: see Images in moe_vision.py, Text in moe_tokens.py.
 TASKS = {"vision": moe_vision, "tokens": moe_tokens}
-BALANCE = {  # --balance: its losses and their weights. bias and quantile move a bias instead
+BALANCE = {  # --balance: losses and their weights, or how a bias on the scores moves instead
     "none": {},
     "vmoe": {"importance": 0.005, "load": 0.005},
     "switch": {"balance": 0.01},
     "st_moe": {"balance": 0.01, "z": 0.001},
-    "bias": {},
-    "quantile": {},
+    "bias": {"bias_rate": 0.001, "bias_update": "sign"},
+    "quantile": {"bias_rate": 1.0, "bias_update": "quantile"},
 }
 # What settings ask of a router. Dense has none, but takes top_k, which sets the width of its FFN.
 DENSE = SimpleNamespace(defaults={"top_k": 1}, train_defaults={}, aux_losses=())
@@ -105,7 +105,7 @@ SETTINGS = {
     "data": (path_or_name, None, "a path, cifar10 or cifar100; else drawn images, library's text"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
     "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
-    "compile": (bool, False, "torch.compile the model, without graph breaks"),
+
     "out": (str, None, "folder; by default a fresh one below runs, or of a grid runs/grid-TASK"),
     "log_every": (int, 10, "steps between lines of metrics.jsonl"),
     "save_every": (float, 5.0, "minutes between checkpoints; 0: one after every step"),
@@ -178,7 +178,7 @@ def run(overrides, folder):
         record.begin(overrides, data)
     print(f"{settings.task}, router {settings.title}, {data.description}; {device.type}")
 
-    wrapped = wrap(settings, model)
+    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     batch, stop = data.batch(step, part_of_batch(settings)), False
     hidden = processes()[0] > 0  # one process draws the bar
     bar = tqdm(total=settings.steps, initial=step, desc=settings.title, disable=hidden)
@@ -234,9 +234,10 @@ def resolve(overrides):
     if s.batch_size % processes()[1]:
         rule = f"the number of processes must divide --batch-size {s.batch_size}"
         raise ValueError(f"{rule}, got {processes()[1]}")
-    resolve_balance(s, overrides)
-    reset_idle(s)
-    router = None
+    s.loss_weights, router = {}, None
+    for name, weight in BALANCE[s.balance].items():
+        if name in ROUTER_KINDS[s.router].aux_losses:
+            s.loss_weights[name] = weight if s.balance_weight is None else s.balance_weight
     if s.router != "dense":
         with torch.device("meta"):  # takes no memory: tasks only ask who chooses, and if causal
             router = make_router(s)
@@ -250,62 +251,56 @@ def resolve(overrides):
     s.title = f"{s.router} ({s.label})" if s.label else s.router
     if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
         raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
-    deciding = {name: value for name, value in vars(s).items() if name not in (*FREE, "seed")}
-    code = seeded(json.dumps(deciding, sort_keys=True)).initial_seed()
-    s.code = f"{code % 2**32:08x}"  # the same for all seeds
+    s.code = code_of(vars(s))
     return s
 
 
 def defaults_of(overrides):
-    """{setting: default}; settings that this task or router lacks are absent.
+    """{setting: default}, for the task, size and router in overrides.
 
-    Later ones win: the general defaults, the size's, the router's, its train_defaults.
+    Later ones win: the general defaults, the size's, the router's, its train_defaults, --balance's.
     """
-    chosen = {name: SETTINGS[name][1] for name in ("task", "router", "size")} | overrides
-    task, router, size = chosen["task"], chosen["router"], chosen["size"]
-    if size not in TASKS[task].SIZES:
-        raise ValueError(f"--size {size} is not for --task {task}")
-    kind = ROUTER_KINDS[router]
-    values = defaults(SETTINGS | TASKS[task].SETTINGS) | TASKS[task].SIZES[size]
+    chosen = defaults(SETTINGS) | overrides
+    task, kind = TASKS[chosen["task"]], ROUTER_KINDS[chosen["router"]]
+    if chosen["size"] not in task.SIZES:
+        raise ValueError(f"--size {chosen['size']} is not for --task {chosen['task']}")
+    values = defaults(SETTINGS | task.SETTINGS) | task.SIZES[chosen["size"]]
     values |= kind.defaults | kind.train_defaults
     if overrides.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
-    lacks = ["router_lr"] if router == "dense" else ["dense_match"]
-    balance = overrides.get("balance", values["balance"])
-    lacks_bias = balance in ("bias", "quantile") and "bias_rate" not in kind.defaults
-    if lacks_bias or not set(BALANCE[balance]) <= set(kind.aux_losses):
-        lacks += ["balance", "balance_weight"]
-    for name in lacks:
-        del values[name]
+    if "bias_rate" in values:
+        values["bias_rate"] = 0.0
+        by_balance = BALANCE[overrides.get("balance", values["balance"])]
+        values |= {name: by_balance[name] for name in by_balance if name in kind.defaults}
     return values
 
 
-def resolve_balance(s, overrides):
-    """The weights of the routers' losses {name: weight}; how the bias moves, if there is one."""
-    balance = getattr(s, "balance", "none")  # a router without losses lacks the setting
-    s.loss_weights = BALANCE[balance]
-    if getattr(s, "balance_weight", None) is not None:
-        s.loss_weights = dict.fromkeys(s.loss_weights, s.balance_weight)
-    if balance == "quantile":
-        s.bias_update = "quantile"
-    if "bias_rate" not in overrides and hasattr(s, "bias_rate"):
-        s.bias_rate = {"bias": 1e-3, "quantile": 1.0}.get(balance, 0.0)
+def lacking(overrides):
+    """The settings among these that their task or router does not have."""
+    known = defaults_of(overrides)
+    chosen = known | overrides
+    kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
+    lacks.add("router_lr" if kind is DENSE else "dense_match")
+    if not set(BALANCE[chosen["balance"]]) <= {*kind.aux_losses, *kind.defaults}:
+        lacks |= {"balance", "balance_weight"}
+    return lacks & set(overrides)
 
 
-def reset_idle(s):
-    """Reset settings without effect beside the others, so that equal runs get equal codes."""
-    weights = {getattr(s, name, "learned") for name in ("router_weights", "hash_weights")}
-    is_idle = {
-        "priority": getattr(s, "capacity_factor", 1) is None,  # dropless, all get a slot
-        "top_k": getattr(s, "slots", None) is not None,
-        "capacity_factor": getattr(s, "slots", None) is not None,
-        "balance_weight": not s.loss_weights,
-        "bias_update": not getattr(s, "bias_rate", 0),
-        "router_lr": weights != {"learned"},  # not every gate learns
-    }
-    for name, default in defaults_of({"task": s.task, "router": s.router}).items():
-        if is_idle.get(name):
-            setattr(s, name, default)
+def code_of(settings):
+    """Eight digits, equal for runs that differ in nothing but the seed."""
+    idle = {*FREE, "seed", "balance", "balance_weight"}  # loss_weights and the bias say it
+    if settings.get("capacity_factor", 1) is None:
+        idle.add("priority")  # dropless, all get a slot
+    if settings.get("slots"):
+        idle |= {"top_k", "capacity_factor"}
+    if not settings.get("bias_rate"):
+        idle.add("bias_update")
+    gates = {settings.get("router_weights"), settings.get("hash_weights")}
+    if gates & {"frozen", "random", "equal"}:
+        idle.add("router_lr")  # no gate learns
+    deciding = {name: settings[name] for name in settings if name not in idle}
+    code = seeded(json.dumps(deciding, sort_keys=True)).initial_seed()
+    return f"{code % 2**32:08x}"
 
 
 def make_router(settings, tokens=1):
@@ -547,12 +542,8 @@ def idle_parameters(model, tokens):
 
 def summary_text(summary, data, contingency):
     """What a run prints: its row, how much its experts know of labels, the data's notes."""
-    rows = []
-    for found in summary["specialization"]:
-        rounded = {head: f"{found[head]:.3f}" for head in found if isinstance(found[head], float)}
-        rows.append(found | {"block": str(found["block"])} | rounded)
     line = {"router": summary["router"]} | row([summary["cells"]])
-    parts = table([line]), table(rows), data.notes(contingency)
+    parts = table([line]), table(summary["specialization"]), data.notes(contingency)
     return "\n".join(filter(None, parts))
 
 
@@ -594,10 +585,11 @@ def deviation(values):
 
 
 def table(rows):
-    """Rows of {column: text} as Markdown, columns aligned; empty columns are left out."""
+    """Rows of {column: text or number} as Markdown, columns aligned; no column without an entry."""
     columns = []
     for name in dict.fromkeys(itertools.chain(*rows)):
-        texts = [line.get(name, "-") for line in rows]
+        values = [line.get(name, "-") for line in rows]
+        texts = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
         if set(texts) != {"-"}:
             width = max(map(len, [name, *texts]))
             columns.append([text.ljust(width) for text in (name, "-" * width, *texts)])
@@ -965,14 +957,7 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wrap(settings, model):
-    """The model as it is trained: synchronized between processes, compiled."""
-    if dist.is_initialized():
-        model = DistributedDataParallel(model)
-    if settings.compile:
-        torch.compiler.reset()  # torch keeps only some versions of one code: forget earlier models
-        model = torch.compile(model, fullgraph=not dist.is_initialized())
-    return model
+
 
 
 def part_of_batch(settings):
@@ -1000,8 +985,8 @@ def bench(overrides):
 
     Also as a ratio to a dense FFN of the experts' FLOPs.
     """
-    b = dict(router="all", dim=256, hidden=1024, experts=16, compile=False)
-    b = SimpleNamespace(**(b | dict(dtype="auto", device="auto") | overrides))
+    b = dict(router="all", dim=256, hidden=1024, experts=16, dtype="auto", device="auto")
+    b = SimpleNamespace(**(b | overrides))
     x, rows = torch.randn(16, 256, b.dim, device=pick_device(b)), []
     dense = dense_ffn(b.dim, b.hidden).to(x.device)
     for name in ROUTERS if b.router == "all" else [b.router]:
@@ -1013,9 +998,8 @@ def bench(overrides):
         slots = routing.dispatch(x).detach().flatten(0, 2)  # [G * E * C, D]
         if routing.filled:  # dropless: empty ones are not run
             slots = slots[: sum(routing.filled)]
-        layer = milliseconds(b, torch.compile(moe, fullgraph=True) if b.compile else moe, x)
-        ffn = milliseconds(b, dense, slots)
-        rows.append({"router": name, "ms": f"{layer:.1f}", "time / dense": f"{layer / ffn:.2f}"})
+        ms = milliseconds(b, moe, x)
+        rows.append({"router": name, "ms": ms, "time / dense": ms / milliseconds(b, dense, slots)})
     print(f"{x.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(table(rows))
 
@@ -1105,11 +1089,7 @@ def sample(overrides):
 
 
 def runs_to_do(lists, several):
-    """The output folder, and {folder: overrides} of unfinished runs, from {setting: [values]}.
-
-    A grid is every combination, less settings that its router lacks, less equal and finished runs;
-    with --router all, less routers that reject a setting.
-    """
+    """The output folder, and {folder: overrides} of unfinished runs, from {setting: [values]}."""
     task, router = (lists.get(name, [SETTINGS[name][1]])[0] for name in ("task", "router"))
     name = f"grid-{task}" if several else f"{task}-{router}-{time.strftime('%m%d-%H%M%S')}"
     out = pathlib.Path(lists.get("out", [f"runs/{name}"])[0])
@@ -1118,33 +1098,44 @@ def runs_to_do(lists, several):
     for name in ("task", "head", "data", *FREE):  # no table compares two of the first three
         if len(lists.get(name, ())) > 1:
             raise ValueError(f"{flag(name)} takes one value, got {len(lists[name])}")
-    all_routers = "all" in lists.get("router", ())
+    runs = {}
+    for overrides, settings in combinations(lists):
+        folder = out
+        if several:  # equal settings have equal codes, and are one run
+            folder = out / f"{settings.router}-seed_{settings.seed}-{settings.code}"
+        if not (folder / "summary.json").exists():
+            runs.setdefault(folder, overrides)
+    return out, runs
+
+
+def combinations(lists):
+    """All combinations of {setting: [values]}: (overrides, settings) of each.
+
+    Each is without the settings that its router lacks. --router all: without the routers that
+    reject a setting.
+    """
+    all_routers, found, left_out = "all" in lists.get("router", ()), [], {}
     if all_routers:
         lists = {"dense_match": ["active", "total"]} | lists | {"router": list(ROUTER_KINDS)}
-    runs, left_out, unused = {}, {}, set(lists)
+    unused = set(lists)
     for values in itertools.product(*lists.values()):
         overrides = dict(zip(lists, values))
-        for name in set(overrides) - set(defaults_of(overrides)):
+        for name in lacking(overrides):
             del overrides[name]
         unused -= set(overrides)
         try:
-            settings = resolve(overrides)
+            found.append((overrides, resolve(overrides)))
         except ValueError as error:
             if not all_routers:
                 raise
             left_out[overrides["router"]] = error
-            continue
-        folder = out
-        if several:  # equal settings have equal codes
-            folder = out / f"{settings.router}-seed_{settings.seed}-{settings.code}"
-        if not (folder / "summary.json").exists():
-            runs.setdefault(folder, overrides)
     if unused:
-        chosen = f"--router {' '.join(lists.get('router', [router]))} on --task {task}"
-        raise ValueError(f"{chosen} has no {', '.join(map(flag, sorted(unused)))}")
+        chosen = defaults(SETTINGS) | {name: to_text(lists[name]) for name in lists}
+        rule = f"--router {chosen['router']} on --task {chosen['task']} has no"
+        raise ValueError(f"{rule} {', '.join(map(flag, sorted(unused)))}")
     for router, error in left_out.items():
         print(f"left out: {router}: {error}")
-    return out, runs
+    return found
 
 
 def parse(words):
@@ -1166,7 +1157,7 @@ def parse(words):
             group.add_argument(flag(name), default=argparse.SUPPRESS, help=what, **how)
     lists = vars(parser.parse_args(words))
     for name, value in lists.items():
-        lists[name] = value if isinstance(value, list) else [value]  # --compile is no list
+        lists[name] = value if isinstance(value, list) else [value]  # a bool is no list
     action = next((name for name in ACTIONS if lists.get(name, [None])[0]), None)
     for name, values in lists.items():
         if action and len(values) > 1:
