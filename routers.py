@@ -1,7 +1,7 @@
 """Mixture-of-experts routers behind one formulation: a dispatch tensor and a combine tensor.
 
 A mixture of experts (MoE) holds E small networks, the experts, where a transformer has one. A
-router decides which expert works on which token, and fills two tensors, both [G, T, E, C]:
+router decides which expert works on which token. It fills two tensors, both [G, T, E, C]:
 
     slots[g,e,c] = sum_t      dispatch[g,t,e,c] * x[g,t]                  what enters each slot
     y[g,t]       = sum_{e,c}  combine[g,t,e,c]  * expert_e(slots[g,e,c])  what comes back
@@ -53,8 +53,8 @@ from torch import nn
 class MoE(nn.Module):
     """Route, dispatch, let the experts work, combine: in place of a transformer's FFN.
 
-    experts  any module on slots [G, E, C, D] that treats each slot by itself, such as Experts
-    shared   None, or an FFN that every token passes beside the experts (DeepSeekMoE, 2401.06066)
+    experts: any module on slots [G, E, C, D] that treats each slot by itself, such as Experts.
+    shared: an FFN that every token passes beside the experts (DeepSeekMoE, 2401.06066).
     """
 
     def __init__(self, router, experts, shared=None):
@@ -117,7 +117,19 @@ class Routing:
     @property
     def losses(self):
         """{name: scalar}, not yet weighted: the losses that the router names in aux_losses."""
-        return losses_of(self)
+        found, router = {}, self.router
+        for name in router.aux_losses if router else ():
+            o = router.options
+            if name == "importance":
+                found[name] = importance_loss(self.logits, self.gates)
+            if name == "balance":
+                found[name] = balance_loss(self.gates, self.wants, o.top_k)
+            if name == "load" and o.noise_std and router.training:
+                deviation = o.noise_std / router.num_experts
+                found[name] = load_loss(self.logits, self.noisy, o.top_k, deviation)
+            if name == "z":
+                found[name] = z_loss(self.logits)
+        return found
 
 
 # ---------------------------------------------------------------- what all routers share
@@ -135,12 +147,11 @@ GATE = dict(
 class Router(nn.Module):
     """What all routers share. A subclass writes forward(x, key) -> Routing, and may say
 
-    chooses         who chooses: "tokens" (exactly K each; it may be dropless), "experts", a
-                    "threshold" (any number), or None
+    chooses         "tokens" (exactly K each), "experts", a "threshold" (any number), or None
     causal          True only if, at a fixed C, no later token changes a token's experts
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
-    aux_losses      the losses that it offers: losses_of() has them, and the notes they read
+    aux_losses      the losses that it offers: Routing.losses has them, and the notes they read
     train_defaults  train.py's settings for it, beside its options
     """
 
@@ -171,21 +182,18 @@ class Router(nn.Module):
             raise ValueError(f"{rule}, got {list(x.shape)}")
 
     def logits(self, x):
-        """gate(x), without noise: logits [G, T, E] of tokens x [G, T, D], in float32 at least.
-
-        So that near ties are decided alike in a model of 16 bits too.
-        """
+        """gate(x), without noise: logits [G, T, E] of tokens x [G, T, D], in float32 at least."""
         self.check_tokens(x)
         with torch.autocast(x.device.type, enabled=False):
-            x = at_least_float32(x)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             weights = {name: weight.to(x.dtype) for name, weight in self.gate.named_parameters()}
             return torch.func.functional_call(self.gate, weights, x)  # gate(x), in x's type
 
     def add_noise(self, logits):
         """In training, logits with noise of deviation noise_std / E; else the logits themselves."""
-        if not (self.training and self.options.noise_std):
-            return logits
-        return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
+        if self.training and self.options.noise_std:
+            return logits + draw_noise(logits) * (self.options.noise_std / self.num_experts)
+        return logits
 
     def scores_and_weights(self, logits, noisy):
         """What decides and what weighs, both [G, T, E]: here both are gates, with noise."""
@@ -193,16 +201,12 @@ class Router(nn.Module):
         return gates, gates
 
     def capacity(self, tokens, margin=1):
-        """C = ceil(margin*T*K*cf / E), from 1 to T; None if dropless. margin: 1, or room to spare.
-
-        Differs: the published code rounds up to a multiple of 4.
-        """
+        """C = ceil(margin*T*K*cf / E), from 1 to T; None if dropless. Published: a multiple of 4."""
         o = self.options
         if o.capacity_factor is None:
             return None
         wanted = margin * tokens * o.top_k * o.capacity_factor / self.num_experts
-        # Rounded to nine digits: 100 * 1.1 / 10 is 11.000000000000002.
-        return max(1, math.ceil(min(tokens, round(wanted, 9))))
+        return max(1, math.ceil(min(tokens, round(wanted, 9))))  # 11.000000000000002 is 11
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -225,9 +229,7 @@ class TokenChoice(Router):
     chooses = "tokens"
     causal = True  # with some options it is not: see __init__
     defaults = dict(
-        # The line: "token", by position; "choice", all first choices, then all second (GShard);
-        # "gate", as "choice", but by a token's largest score (V-MoE, section 4).
-        priority="token",
+        priority="token",  # who gets a seat first: by position; or "choice", "gate": rank_in_line()
         renormalize=False,  # K >= 2: divide a token's K weights by their sum
         bias_rate=0.0,  # > 0: experts are chosen by score + bias, which update() moves
         bias_update="sign",  # or "quantile": see move_bias()
@@ -238,9 +240,8 @@ class TokenChoice(Router):
     def __init__(self, dim, num_experts, **options):
         super().__init__(dim, num_experts, **options)
         o = self.options
-        # At K = 1 all are first choices.
         by_position = o.priority == "token" or (o.priority == "choice" and o.top_k == 1)
-        # Else, if there is a limit, a later token may take the last slot.
+        # If not by position, a later token may take the last slot, where there is a limit.
         self.causal = self.causal and (by_position or o.capacity_factor is None)
         if o.bias_rate:
             self.register_buffer("bias", torch.zeros(num_experts))
@@ -262,7 +263,7 @@ class TokenChoice(Router):
         return HardRouting(self, seats, weights, C, wants=wants, **notes)
 
     def gates(self, logits):
-        """What losses and statistics read, [G, T, E]: each token's sum to 1."""
+        """[G, T, E], a token's sum to 1: what losses and statistics read."""
         return logits.softmax(2)
 
     @torch.no_grad()
@@ -410,7 +411,7 @@ class Soft(Router):
     def forward(self, x, key=None):
         self.check_tokens(x)
         with torch.autocast(x.device.type, enabled=False):
-            x = at_least_float32(x)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             direction = self.scale.to(x.dtype) * unit_length(self.phi.to(x.dtype), 0)
             logits = torch.einsum("gtd,dec->gtec", unit_length(x, 2), direction)
             dispatch = logits.softmax(1)  # [G, T, E, C], a slot's weights sum to 1
@@ -436,7 +437,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts, dim, hidden):
         super().__init__()
-        self.num_experts, self.dim = num_experts, dim
+        self.dim = dim
         self.make_weights(num_experts, dim, hidden)
 
     def make_weights(self, num_experts, dim, hidden):
@@ -496,8 +497,8 @@ class SinkhornExpertChoice(ExpertChoice):
 class SparseTokenChoice(SinkhornTokenChoice):
     """Tokens choose by a plan with at most K experts a token (2209.15466).
 
-    If a token's plan has fewer than K non-zeros, the lowest-numbered other experts fill up. At K =
-    1 the plan is one-hot: with combine_weights="plan" the router gets no gradient.
+    If it has fewer, the first others fill up. With K = 1 and combine_weights="plan" the weights are
+    1, and the router gets no gradient.
     """
 
     def scores_and_weights(self, logits, noisy):
@@ -508,10 +509,7 @@ class SparseTokenChoice(SinkhornTokenChoice):
 
 
 class SparseExpertChoice(SinkhornExpertChoice):
-    """Experts choose by a plan with at most C tokens an expert (2209.15466).
-
-    If an expert's plan has fewer than C non-zeros, the first other tokens fill up, as published.
-    """
+    """Experts choose by a plan with at most C tokens an expert; others fill up (2209.15466)."""
 
     def scores_and_weights(self, logits, noisy):
         gates = noisy.softmax(2)
@@ -642,7 +640,8 @@ class Hash(Router):
         first = self.table[key.long() % len(self.table)]  # [G, T]
         steps = (torch.arange(E, device=x.device) - first[..., None]) % E  # 0 for the first expert
         wants = steps < self.options.top_k  # [G, T, E]
-        weights = at_least_float32(x).new_full(wants.shape, 1 / self.options.top_k)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weights = wants.to(dtype) / self.options.top_k
         if self.options.hash_weights == "learned":
             weights = self.logits(x).masked_fill(~wants, -math.inf).softmax(2)
         return HardRouting(self, first_come(wants, C), weights, C, wants=wants)
@@ -709,10 +708,13 @@ def build_router(name, dim, num_experts, **options):
 
 # ================================================================ Later: lines, biases, no drops
 def rank_in_line(priority, scores, biased):
-    """Numbers [G, T, E], the lowest first in line: all first choices before all second ones."""
+    """Numbers [G, T, E], the lowest first in line: all first choices before all second ones.
+
+    Among these "choice" goes by position (GShard), "gate" by a token's largest score (V-MoE, 4).
+    """
     T = scores.shape[1]
     place = torch.arange(T, device=scores.device)[:, None]
-    if priority == "gate":  # the surest token first
+    if priority == "gate":
         place = ranks(-scores.amax(2, keepdim=True), dim=1)
     choice = ranks(-biased, dim=2)  # a token's first choice has rank 0
     return choice * T + place
@@ -753,13 +755,13 @@ def run_filled(routing, x, experts):
 
     x [G, T, D] -> y [G, T, D]. The number of filled slots is known: nothing waits for the device.
     """
-    seats, weights = routing.seats.permute(2, 0, 1), routing.weights.permute(2, 0, 1)  # [E, G, T]
     tokens = x.flatten(0, 1)  # [G * T, D]
-    # Where in seats a True stands, expert after expert: e * G * T + row, the token's row.
-    place = seats.flatten().nonzero_static(size=sum(routing.filled)).flatten()
+    seats = routing.seats.permute(2, 0, 1).flatten()  # expert after expert: [E * G * T]
+    weights = routing.weights.permute(2, 0, 1).flatten()
+    place = seats.nonzero_static(size=sum(routing.filled)).flatten()  # where seats are True
     row = place % len(tokens)
     y = experts(tokens.index_select(0, row), routing.filled)  # [N, D]
-    weighted = y * weights.flatten().index_select(0, place)[:, None].to(y.dtype)
+    weighted = y * weights.index_select(0, place)[:, None].to(y.dtype)
     return y.new_zeros(tokens.shape).index_add_(0, row, weighted).view(x.shape)
 
 
@@ -777,28 +779,13 @@ def one_by_one(experts, slots, filled, weights):
 
 
 # ================================================================ Later: losses
-def losses_of(routing):
-    """{name: scalar}, not yet weighted: the losses that its router names in aux_losses."""
-    found, router = {}, routing.router
-    for name in router.aux_losses if router else ():
-        o = router.options
-        if name == "importance":
-            found[name] = importance_loss(routing.logits, routing.gates)
-        if name == "balance":
-            found[name] = balance_loss(routing.gates, routing.wants, o.top_k)
-        if name == "load" and o.noise_std and router.training:
-            deviation = o.noise_std / router.num_experts
-            found[name] = load_loss(routing.logits, routing.noisy, o.top_k, deviation)
-        if name == "z":
-            found[name] = z_loss(routing.logits)
-    return found
+
 
 
 def importance_loss(logits, gates=None):
     """Squared coefficient of variation of the experts' summed gates (V-MoE 2106.05974, app. A).
 
-    logits without noise; gates: the router's own, or softmax(logits); both [G, T, E]. Per group,
-    then the mean.
+    logits without noise, gates (by default their softmax), both [G, T, E]. Mean over groups.
     """
     gates = logits.softmax(-1) if gates is None else gates
     importance = gates.sum(1)  # [G, E]
@@ -808,9 +795,9 @@ def importance_loss(logits, gates=None):
 def load_loss(logits, noisy_logits, top_k, noise_std):
     """Squared coefficient of variation of the experts' chances, averaged over tokens.
 
-    A chance: to be among a token's K largest noisy logits under fresh noise (V-MoE, app. A). logits
-    without noise, noisy_logits with normal noise of deviation noise_std, both [G, T, E]. As in
-    the published code, unlike 1701.06538, the threshold is the K-th noisy logit of all experts.
+    A chance: to be among a token's K largest noisy logits under fresh noise (V-MoE, app. A).
+    noisy_logits: logits [G, T, E] with normal noise of deviation noise_std. As published, unlike
+    1701.06538, the threshold is the K-th noisy logit of all experts.
     """
     threshold = noisy_logits.topk(top_k).values[..., -1:]  # [G, T, 1]
     chance = torch.special.ndtr((logits - threshold) / noise_std).mean(1)  # [G, E]
@@ -820,8 +807,7 @@ def load_loss(logits, noisy_logits, top_k, noise_std):
 def balance_loss(gates, wants, top_k):
     """(E/K) sum_e f_e P_e: 1 when all is even, E/K at collapse (Switch, 2101.03961, eq. 4 to 6).
 
-    f_e is the share of tokens that want e, before any is turned away; P_e the mean of gates
-    [G, T, E]. Per group, then the mean.
+    f_e: the share of tokens that want e; P_e: the mean of gates [G, T, E]. Mean over groups.
     """
     f, P = wants.to(gates.dtype).mean(1), gates.mean(1)  # [G, E]
     return wants.shape[2] / top_k * (f * P).sum(1).mean()
@@ -897,9 +883,7 @@ def redraw(gate, generator=None):
         weight.copy_(fresh.normal_(0, weight.shape[1] ** -0.5, generator=generator))
 
 
-def at_least_float32(z):
-    """z, in float32 if it was coarser."""
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+
 
 
 def draw_noise(logits):

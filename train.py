@@ -293,11 +293,6 @@ def code_of(settings):
         idle.add("priority")  # dropless, all get a slot
     if settings.get("slots"):
         idle |= {"top_k", "capacity_factor"}
-    if not settings.get("bias_rate"):
-        idle.add("bias_update")
-    gates = {settings.get("router_weights"), settings.get("hash_weights")}
-    if gates & {"frozen", "random", "equal"}:
-        idle.add("router_lr")  # no gate learns
     deciding = {name: settings[name] for name in settings if name not in idle}
     code = seeded(json.dumps(deciding, sort_keys=True)).initial_seed()
     return f"{code % 2**32:08x}"
@@ -998,20 +993,20 @@ def bench(overrides):
         slots = routing.dispatch(x).detach().flatten(0, 2)  # [G * E * C, D]
         if routing.filled:  # dropless: empty ones are not run
             slots = slots[: sum(routing.filled)]
-        ms = milliseconds(b, moe, x)
+        ms = milliseconds(b, lambda z: moe(z)[0], x)
         rows.append({"router": name, "ms": ms, "time / dense": ms / milliseconds(b, dense, slots)})
     print(f"{x.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(table(rows))
 
 
-def milliseconds(b, call, x):
-    """The median time of call(x) and its backward."""
+def milliseconds(b, layer, x):
+    """The median time of layer(x) and its backward."""
     x = x.detach().requires_grad_()
 
     def both():
         with precision(b, x.device):
-            y = call(x)
-        (y[0] if isinstance(y, tuple) else y).sum().backward()
+            y = layer(x)
+        y.sum().backward()
 
     timer = Timer("both()", globals={"both": both}, num_threads=torch.get_num_threads())
     return 1e3 * timer.blocked_autorange(min_run_time=BENCH_SECONDS).median
