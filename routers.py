@@ -64,15 +64,15 @@ class MoE(nn.Module):
     def forward(self, x, key=None, routing=None):
         """x [G, T, D] -> y like x, and its Routing (`routing`, if given). key [G, T] is for hash.
 
-        With a routing given, x may be [G, T, n*D]: each token is n vectors that stay together.
+        With a routing given, x may be [G, T, n*D]: a token is n vectors, such as a whole sequence.
         """
         if routing is None:
             routing = self.router(x, key)
-        if routing.filled is None or not isinstance(self.experts, Experts):
+        if routing.filled is not None and isinstance(self.experts, Experts):
+            y = run_filled(routing, x, self.experts)  # dropless: the same y, without empty slots
+        else:
             slots = routing.dispatch(x)  # [G, E, C, D]
             y = routing.combine(self.experts(slots))  # [G, T, D]
-        else:  # dropless, and Experts can skip the empty slots; same y
-            y = run_filled(routing, x, self.experts)
         if self.shared is not None:
             y = y + self.shared(x.reshape(-1, self.router.dim)).view_as(y)
         return y, routing
@@ -201,7 +201,7 @@ class Router(nn.Module):
         return gates, gates
 
     def capacity(self, tokens, margin=1):
-        """C = ceil(margin*T*K*cf / E), from 1 to T; None if dropless. Published: a multiple of 4."""
+        """C = ceil(margin*T*K*cf / E), from 1 to T; dropless: None. Published: a multiple of 4."""
         o = self.options
         if o.capacity_factor is None:
             return None
@@ -275,7 +275,7 @@ class TokenChoice(Router):
 
 def largest(scores, k, dim):
     """True at the k largest along dim. Of equal ones the first count; topk promises no order."""
-    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN is chosen, and shows
+    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # a NaN shows in the output
     kth = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     above, equal = scores > kth, scores == kth
     needed = k - above.sum(dim, keepdim=True)  # so many of the equal ones
@@ -293,7 +293,8 @@ def first_come(wants, capacity, rank=None):
     if rank is None:
         in_line = wants.mT.contiguous().cumsum(2, dtype=torch.int32).mT  # 1 for the first
     else:
-        in_line = 1 + ranks(torch.where(wants, rank, wants.numel()), dim=1)  # no rank is as large
+        # Who does not want it stands last: no rank is as large as wants.numel().
+        in_line = 1 + ranks(torch.where(wants, rank, wants.numel()), dim=1)
     return wants & (in_line <= capacity)
 
 
@@ -329,17 +330,18 @@ class HardRouting(Routing):
         return dispatch.to(combine.dtype), combine
 
     def rows(self):
-        """[E, G * C]: for each slot, the row of its token in x, padded to [G * (T + 1), D].
+        """[E, G * C]: which row of x fills each slot, if x is padded to [G * (T + 1), D].
 
-        Each group ends in a row of zeros, which empty slots read and write.
+        So each group ends in a row of zeros, for its empty slots.
         """
         if self._rows is not None:
             return self._rows
         G, T, E = self.seats.shape
+        # Seats 0 1 0 1 count 0 1 1 2: the first place that counts n is the n-th seated token, here
+        # 1 and 3. Where none counts n, searchsorted says T.
         seated = self.seats.mT.contiguous().cumsum(2, dtype=torch.int32)  # [G, E, T]
         nth = torch.arange(1, self.capacity + 1, dtype=torch.int32, device=seated.device)
-        # The n-th seated token; T if there is none. Seats 0 1 0 1 count 0 1 1 2: tokens 1 and 3.
-        token = torch.searchsorted(seated, nth.repeat(G, E, 1))
+        token = torch.searchsorted(seated, nth.repeat(G, E, 1))  # [G, E, C]
         group = torch.arange(G, device=seated.device)[:, None, None]
         self._rows = (group * (T + 1) + token).transpose(0, 1).flatten(1)
         return self._rows
@@ -430,7 +432,7 @@ class Experts(nn.Module):
     """E two-layer perceptrons with GELU, their weights stacked: one batched product a layer.
 
     For other experts, make_weights() sets parameters [E, ...], and `names` lists them as expert()
-    takes them; those of shape [E, 1, n] are biases. model.apply(init) skips them.
+    takes them. Those of shape [E, 1, n] are biases: train.py lets them not decay.
     """
 
     names = ("w1", "b1", "w2", "b2")
@@ -451,9 +453,9 @@ class Experts(nn.Module):
         return torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, z, w1)), w2)
 
     def forward(self, slots, filled=None):
-        """slots [G, E, C, D] -> the same; a slot that is n*D wide holds n vectors.
+        """slots [G, E, C, D] -> outputs, the same shape; a slot that is n*D wide holds n vectors.
 
-        With filled given, slots [N, D] -> the same: the first filled[0] of them are expert 0's.
+        Dropless, with filled: slots [N, D], filled[0] of expert 0, then filled[1] of expert 1, ...
         """
         weights = [getattr(self, name) for name in self.names]  # pruning or LoRA may replace them
         if filled is not None:
@@ -497,8 +499,8 @@ class SinkhornExpertChoice(ExpertChoice):
 class SparseTokenChoice(SinkhornTokenChoice):
     """Tokens choose by a plan with at most K experts a token (2209.15466).
 
-    If it has fewer, the first others fill up. With K = 1 and combine_weights="plan" the weights are
-    1, and the router gets no gradient.
+    A token with fewer takes the lowest-numbered others too. With K = 1 and combine_weights="plan"
+    all weights are 1, and the router gets no gradient.
     """
 
     def scores_and_weights(self, logits, noisy):
@@ -509,7 +511,7 @@ class SparseTokenChoice(SinkhornTokenChoice):
 
 
 class SparseExpertChoice(SinkhornExpertChoice):
-    """Experts choose by a plan with at most C tokens an expert; others fill up (2209.15466)."""
+    """Experts choose by a plan with at most C tokens an expert; the first others fill up."""
 
     def scores_and_weights(self, logits, noisy):
         gates = noisy.softmax(2)
@@ -518,7 +520,7 @@ class SparseExpertChoice(SinkhornExpertChoice):
 
 
 def by_plan(options, solve, z, gates, **limits):
-    """Scores and weights where a plan, solve(z), decides; z: logits, or gates, as solve needs."""
+    """Scores and weights [G, T, E]: solve(z), a plan, decides, and may weigh in place of gates."""
     if options.combine_weights == "plan":
         plan = solve(z, iterations=options.iterations, **limits)
         return plan, plan
@@ -530,9 +532,8 @@ def sinkhorn_plan(logits, iterations=20):
 
         argmin_P  <P, -logits> + sum P log P,  each row sums to 1, each column to T/E
 
-    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1. Columns come near T/E if a
-    token's logits span a few units; if a hundred, some miss by half. Differs: in the log domain, so
-    that no logit overflows; autograd runs through every iteration.
+    logits [G, T, E] -> plan [G, T, E]. Rows, scaled last, sum to 1; columns come near T/E, unless
+    logits span a hundred units. Differs: in the log domain, so that no logit overflows.
     """
     G, T, E = logits.shape
     u = logits.new_zeros(G, T, 1)
@@ -547,10 +548,10 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
 
         argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
-    gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. alpha [G, T,
-    1] raises a row's gates until its sum fits; a column of P is the projection of gates + alpha.
-    Adam moves alpha, at most `iterations` times; a group stops when the norm of its rows' errors is
-    <= 1e-3. Columns are exact, rows approximate. Differs: a gradient passes the last projection.
+    gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. Columns are
+    exact: each is the projection of gates + alpha. Rows are approximate: alpha [G, T, 1] raises a
+    row's gates until its sum fits. Adam moves alpha, at most `iterations` times; a group stops when
+    the norm of its rows' errors is <= 1e-3. Differs: a gradient passes the last projection.
     """
     G, T, E = gates.shape
     column_sum = T / E if column_sum is None else column_sum
@@ -559,7 +560,7 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
     alpha = m = v = fixed.new_zeros(G, T, 1)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for step in range(1, iterations + 1):
-        share = project((alpha + fixed) / column_sum, k)  # its columns sum to 1
+        share = project((alpha + fixed) / column_sum, k)  # of a column; shares sum to 1
         slope = column_sum * share.sum(2, keepdim=True) - row_sum  # > 0: the row gets too much
         m = 0.9 * m + 0.1 * slope  # from here: Adam
         v = 0.999 * v + 0.001 * slope**2
@@ -615,7 +616,7 @@ class Hash(Router):
     chooses = "tokens"
     causal = True
     gated = False  # it has none of the options in GATE
-    defaults = dict(num_keys=None, hash_weights="equal")  # None: 4096, on text all token ids
+    defaults = dict(num_keys=None, hash_weights="equal")  # None: 4096; moe_tokens.py: all token ids
     aux_losses = ()
     train_defaults = dict(capacity_factor=None)
 
@@ -728,14 +729,15 @@ def ranks(z, dim):
 def move_bias(router, routings):
     """After a step: raise the bias [E] of experts that too few tokens want, lower that of others.
 
-    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core), with q = N*K / E, the even share:
+    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): at rate 1, so that q = N*K / E
+    tokens, the even share, would clear the bar for each expert, if the bars stayed:
 
         bar[n] = (K+1)-th largest of scores[n] + bias,  margin[n,e] = scores[n,e] + bias[e] - bar[n]
         bias[e] falls by bias_rate times the (q+1)-th largest of margin[:,e]
     """
     o, bias, E = router.options, router.bias, router.num_experts
     if o.bias_update == "sign":
-        # Whole numbers have an exact sign, however many processes share the batch.
+        # In whole numbers, so that rounding flips no sign.
         counts = torch.stack([routing.tokens_per_expert for routing in routings])
         wanted = gather_processes(counts).sum(0)
         bias += o.bias_rate * (wanted.sum() - E * wanted).sign().to(bias)
@@ -753,13 +755,13 @@ def move_bias(router, routings):
 def run_filled(routing, x, experts):
     """combine(experts(dispatch(x))) of a dropless routing, whose slots are mostly empty.
 
-    x [G, T, D] -> y [G, T, D]. The number of filled slots is known: nothing waits for the device.
+    x [G, T, D] -> y [G, T, D]. HardRouting has counted the filled slots: here nothing waits.
     """
     tokens = x.flatten(0, 1)  # [G * T, D]
     seats = routing.seats.permute(2, 0, 1).flatten()  # expert after expert: [E * G * T]
     weights = routing.weights.permute(2, 0, 1).flatten()
     place = seats.nonzero_static(size=sum(routing.filled)).flatten()  # where seats are True
-    row = place % len(tokens)
+    row = place % len(tokens)  # place is e * G * T + row
     y = experts(tokens.index_select(0, row), routing.filled)  # [N, D]
     weighted = y * weights.index_select(0, place)[:, None].to(y.dtype)
     return y.new_zeros(tokens.shape).index_add_(0, row, weighted).view(x.shape)
@@ -779,7 +781,6 @@ def one_by_one(experts, slots, filled, weights):
 
 
 # ================================================================ Later: losses
-
 
 
 def importance_loss(logits, gates=None):
@@ -830,10 +831,7 @@ CHOICES = {
 
 
 def check_options(router, overrides):
-    """ValueError for an unknown option, or a value that its default's type does not allow.
-
-    A default itself always passes, and any value of a fork's option whose default is no number.
-    """
+    """ValueError for an unknown option, or a value that its default's type does not allow."""
     kind, o, E = type(router).__name__, router.options, router.num_experts
     for name in overrides:
         if name not in router.defaults:
@@ -842,6 +840,10 @@ def check_options(router, overrides):
     sizes = dict(dim=router.dim, num_experts=E, tokens=router.tokens)
     for name, value in (sizes | vars(o)).items():
         default = router.defaults.get(name, 1)  # sizes are whole numbers
+        if type(value) is type(default) and value == default:
+            continue  # a fork's may be below 0
+        if value is None and name in ("tokens", "capacity_factor"):
+            continue
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         rule, good = "", True
         if name in CHOICES:
@@ -855,9 +857,7 @@ def check_options(router, overrides):
         elif isinstance(default, int) or name in ("slots", "num_keys"):
             whole = number and isinstance(value, numbers.Integral)
             rule, good = "a whole number >= 1", whole and value >= 1
-        is_default = type(value) is type(default) and value == default
-        is_none = value is None and name in ("tokens", "capacity_factor")
-        if not (good or is_default or is_none):
+        if not good:
             raise ValueError(f"{name} must be {rule}, got {name}={value!r}")
     if o.top_k > E:
         raise ValueError(f"top_k must be at most num_experts={E}, got top_k={o.top_k}")
@@ -883,11 +883,8 @@ def redraw(gate, generator=None):
         weight.copy_(fresh.normal_(0, weight.shape[1] ** -0.5, generator=generator))
 
 
-
-
-
 def draw_noise(logits):
-    """Standard normal noise. Each process draws that of the whole batch, and keeps its part."""
+    """Standard normal noise. Each process draws the whole batch's, as one would; keeps its part."""
     if not dist.is_initialized():
         return torch.randn_like(logits)
     whole = logits.new_empty(dist.get_world_size() * len(logits), *logits.shape[1:])

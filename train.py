@@ -20,7 +20,6 @@ is not finite: one line, status 1. Any later error is a bug, with its traceback.
 import argparse
 import ctypes
 import datetime
-import gc
 import io
 import itertools
 import json
@@ -32,6 +31,7 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from contextlib import ExitStack, contextmanager, suppress
 from html import escape
 from types import SimpleNamespace
@@ -200,12 +200,12 @@ def run(overrides, folder):
                 record.save(step, model, optimizer)
     if stop:
         print(f"interrupted after {step} of {settings.steps} steps; --resume {folder} goes on")
-        return 128 + (caught or [signal.SIGTERM])[0]
+        return 128 + max(caught, default=signal.SIGTERM)  # perhaps another process caught it
 
     if processes()[0] == 0:
         summary, contingency = conclude(settings, data, model, record.seconds)
         shown = summary_text(summary, data, contingency)
-        page = run_page(data, model, summary, shown, read_lines(folder), contingency)
+        page = run_page(data, model, summary, shown, record.read(), contingency)
         record.finish(summary, page)
         print(f"{shown}\n-> {folder}/report.html")
     return 0
@@ -234,16 +234,17 @@ def resolve(overrides):
     if s.batch_size % processes()[1]:
         rule = f"the number of processes must divide --batch-size {s.batch_size}"
         raise ValueError(f"{rule}, got {processes()[1]}")
-    s.loss_weights, router = {}, None
+    s.loss_weights = {}
     for name, weight in BALANCE[s.balance].items():
         if name in ROUTER_KINDS[s.router].aux_losses:
             s.loss_weights[name] = weight if s.balance_weight is None else s.balance_weight
+    router = None
     if s.router != "dense":
         with torch.device("meta"):  # takes no memory: tasks only ask who chooses, and if causal
             router = make_router(s)
     elif s.dense_match == "active":
         s.width = s.hidden * (s.top_k + s.shared)
-        del s.experts  # without effect
+        del s.experts  # no effect: runs that differ in it are one run
     else:
         s.width = s.hidden * (s.experts + s.shared)
         del s.top_k
@@ -269,7 +270,7 @@ def defaults_of(overrides):
     if overrides.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     if "bias_rate" in values:
-        values["bias_rate"] = 0.0
+        values["bias_rate"] = 0.0  # here --balance alone says how a bias moves
         by_balance = BALANCE[overrides.get("balance", values["balance"])]
         values |= {name: by_balance[name] for name in by_balance if name in kind.defaults}
     return values
@@ -281,7 +282,8 @@ def lacking(overrides):
     chosen = known | overrides
     kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
     lacks.add("router_lr" if kind is DENSE else "dense_match")
-    if not set(BALANCE[chosen["balance"]]) <= {*kind.aux_losses, *kind.defaults}:
+    needed = set(BALANCE[chosen["balance"]])  # losses, or options of the router
+    if not needed <= {*kind.aux_losses, *kind.defaults}:
         lacks |= {"balance", "balance_weight"}
     return lacks & set(overrides)
 
@@ -294,8 +296,7 @@ def code_of(settings):
     if settings.get("slots"):
         idle |= {"top_k", "capacity_factor"}
     deciding = {name: settings[name] for name in settings if name not in idle}
-    code = seeded(json.dumps(deciding, sort_keys=True)).initial_seed()
-    return f"{code % 2**32:08x}"
+    return f"{zlib.crc32(json.dumps(deciding, sort_keys=True).encode()):08x}"
 
 
 def make_router(settings, tokens=1):
@@ -343,7 +344,7 @@ def make_optimizer(settings, model):
     """AdamW. No decay on norms, biases and positions, nor on routers: that would flatten gates."""
     weights = {"params": [], "weight_decay": WEIGHT_DECAY, "factor": 1.0}
     bare = {"params": [], "weight_decay": 0.0, "factor": 1.0}
-    gates = {"params": [], "weight_decay": 0.0, "factor": getattr(settings, "router_lr", 1.0)}
+    gates = {"params": [], "weight_decay": 0.0, "factor": settings.router_lr}
     for name, parameter in model.named_parameters():
         group = weights
         if ".router." in name:
@@ -373,13 +374,12 @@ def train_step(settings, data, model, optimizer, step, batch):
         objective, losses = loss, {}
         for routing in distinct:
             add(losses, routing.losses)
-        for name, value in losses.items():
-            if settings.loss_weights.get(name):
-                objective = objective + settings.loss_weights[name] * value
-            losses[name] = value.detach()
+        for name, weight in settings.loss_weights.items():
+            objective = objective + weight * losses.get(name, 0.0)  # load needs noise
     objective.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     sums = sum_processes(counts | {"loss": loss.detach() * counts["count"]}, data.device)
+    losses = {name: value.detach() for name, value in losses.items()}
     losses = sum_processes(losses, data.device, divisor=processes()[1]) | {"grad_norm": norm}
     next_batch = data.batch(step + 1, part_of_batch(settings))  # made while a GPU still works
     if not torch.isfinite(norm + sums["loss"]):  # waits for the GPU
@@ -458,7 +458,7 @@ def check_sound(data, model, step):
 
 
 def conclude(settings, data, model, seconds):
-    """Evaluate, probe, examine: the summary, and the contingency tables of specialization()."""
+    """Evaluate and examine: the summary, and the contingency tables of specialization()."""
     summary = {"router": settings.title, "steps": settings.steps, "seconds": seconds}
     summary[f"{data.examples}_per_second"] = settings.batch_size * settings.steps / seconds
     summary["gflops"] = measure_flops(data, model)
@@ -472,9 +472,11 @@ def conclude(settings, data, model, seconds):
     summary["parameters"] = count
     summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
     summary["specialization"], contingency = specialization(settings, data, model)
+    # What a task adds: a few-shot probe of images; the loss of leaky text as it is generated.
     summary |= data.report(settings, model, untrained=lambda: build(settings, data))
     summary["cells"] = cells(summary, data)  # for the table
-    summary["score"] = data.sign * next(iter(summary["cells"].values()))  # more is better
+    ranking, *_ = summary["cells"].values()
+    summary["score"] = data.sign * ranking  # more is better
     return summary, contingency
 
 
@@ -507,12 +509,12 @@ def evaluate(settings, data, model, split):
 
 @contextmanager
 def dropless(model):
-    """Inside, tokens and thresholds choose without drops. Yields: did any have a capacity?"""
+    """Inside, where tokens or thresholds choose, none is turned away. Yields: was there a limit?"""
     before = {}
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
             before[router] = router.options.capacity_factor
-            # Thresholds know no None; cf = E is room for every token.
+            # Thresholds need a number; E is room for every token.
             ample = None if router.chooses == "tokens" else float(router.num_experts)
             router.options.capacity_factor = ample
     yield any(before.values())
@@ -525,13 +527,13 @@ def idle_parameters(model, tokens):
     idle = 0.0
     for moe in model.modules():
         if isinstance(moe, MoE):
-            o, chosen = moe.router.options, moe.router.options.top_k / moe.router.num_experts
-            share = min(1, chosen * (o.capacity_factor or 1))
-            if moe.router.chooses == "tokens":  # cf > 1 adds slots, not experts
-                share = min(share, chosen)
-            if getattr(o, "slots", None):
-                share = min(1, o.slots / tokens)
-            idle += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
+            o, share = moe.router.options, moe.router.options.top_k / moe.router.num_experts
+            factor = o.capacity_factor or 1.0
+            if hasattr(o, "slots"):  # Soft
+                share = o.slots / tokens
+            elif moe.router.chooses != "tokens" or factor < 1:  # else cf > 1 adds no experts
+                share *= factor
+            idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
 
 
@@ -562,15 +564,18 @@ def cells(summary, data):
 
 
 def row(of_runs):
-    """A row of the table, {column: text}: over the cells of several runs, mean ± deviation."""
+    """A row of the table, {column: text}: over the cells of several runs, mean ± deviation.
+
+    A cell with a number for each block has a mean for each, and no deviation.
+    """
     texts = {}
     for name in of_runs[0]:
         values, parts = [found[name] for found in of_runs], []
-        for mean in np.atleast_1d(np.mean(values, 0)):  # one, or one for each block
+        for mean in np.atleast_1d(np.mean(values, 0)):
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
         texts[name] = ", ".join(parts)
-        if np.ndim(values) == 1 and len(set(values)) > 1:  # scalars only
+        if np.ndim(values) == 1 and deviation(values):
             texts[name] += f" ± {deviation(values):,.3g}"
     return texts
 
@@ -597,11 +602,7 @@ def results(overrides):
     runs, notes = finished(folder)
     if not runs:
         raise ValueError("; ".join([f"{folder} holds no finished run", *notes[:3]]))
-    varied = []  # settings that a user gave and that differ between runs: a column each
-    for name in dict.fromkeys(itertools.chain(*(done.overrides for done in runs))):
-        values = {to_text(done.settings.get(name, "-")) for done in runs}
-        if len(values - {"-"}) > 1 and name not in (*FREE, "router", "seed"):
-            varied.append(name)
+    varied = varied_settings(runs)
     if not {"task", "head", "data"}.isdisjoint(varied):
         raise ValueError(f"{folder} holds runs of several tasks or data, which no table compares")
     groups, entries = {}, []
@@ -611,17 +612,27 @@ def results(overrides):
         texts = {"router": group[0].settings["title"]}
         for name in varied:
             texts[name] = to_text(group[0].settings.get(name, "-"))
-        name = " ".join(texts.values())  # in the pictures
+        title = " ".join(texts.values())  # in the picture
         texts |= {"seeds": str(len(group)), "to the best": ""}  # compare() fills it in
         texts |= row([done.cells for done in group])
         scores = [done.score for done in group]
-        entries.append(SimpleNamespace(name=name, runs=group, texts=texts, scores=scores))
+        entries.append(SimpleNamespace(title=title, runs=group, texts=texts, scores=scores))
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     compare(entries)
     shown = "\n".join([table([entry.texts for entry in entries]), "", *notes])
     write_whole(folder / "results.md", shown + "\n")
     write_whole(folder / "report.html", grid_page(entries, shown))
     print(shown)
+
+
+def varied_settings(runs):
+    """The settings that a user gave and that differ between runs: each is a column."""
+    varied = []
+    for name in dict.fromkeys(itertools.chain(*(done.overrides for done in runs))):
+        values = {to_text(done.settings.get(name, "-")) for done in runs}
+        if len(values - {"-"}) > 1 and name not in (*FREE, "router", "seed"):
+            varied.append(name)
+    return varied
 
 
 def finished(folder):
@@ -663,59 +674,70 @@ EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 def specialization(settings, data, model):
     """How an expert's choice goes with the labels of tokens, in two forms.
 
-    Rows of a table: the NMI of each block and label, and what shuffled labels have, with tokens
-    counted by their experts' weights; of much data only every n-th. And {block: {label: (counts
-    [labels, E + 1], names)}}: how many of a label's tokens expert e works on, a token of several
-    split by weight; the last column: the dropped ones.
+    Rows of a table: for each block and label the NMI, and what it is by chance. And {block: {label:
+    (counts [labels, E + 1], names)}}: how many of a label's tokens expert e works on, a token of
+    several split by weight; the last column: the dropped ones.
+    """
+    weights, labels = examine(settings, data, model)
+    rows, contingency = [], {}
+    for block, name in itertools.product(weights, labels):
+        label, owner, names = labels[name]
+        known = label >= 0
+        weight, label, owner = weights[block][known], label[known], owner[known]
+        whole = weight.sum(1, keepdim=True)
+        share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
+        counts = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
+        contingency.setdefault(block, {})[name] = counts, names
+        if len(label) and owner[0] >= 0:  # -1: no NMI
+            n = 2 * (weight.numel() // EXAMINED) + 1  # odd: it meets all places of an 8 x 8 image
+            value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
+            found = {"block": block, "experts know of": name, "NMI": value}
+            found |= {"by chance": np.mean(null), "by chance, 95 %": np.quantile(null, 0.95)}
+            rows.append(found | {"above chance": value - np.mean(null)})
+    return rows, contingency
+
+
+@torch.no_grad()
+def examine(settings, data, model):
+    """Of all N tokens of a split: {block: weight [N, E] of each expert}, {label: its triple}.
+
+    A triple: label [N], owner [N], names of the labels. A token's owner is the patch, image or
+    document that has the label, or the sequence that is routed whole.
     """
     model.eval()
-    weights, labels, names_of, start = {}, {}, {}, 0  # of all batches
+    weights, labels, names_of, start = {}, {}, {}, 0
     for batch in tqdm(data.batches(data.examined), "examining experts", leave=False):
-        with torch.no_grad(), precision(settings, data.device):
-            routings = data.loss(model, batch)[2]
-        B = len(next(iter(batch.values())))
-        for name, (label, owner, names_of[name]) in data.labels(batch, start).items():
-            labels.setdefault(name, []).append(torch.stack([label, owner]).flatten(1))  # [2, B * T]
+        with precision(settings, data.device):
+            _, _, routings = data.loss(model, batch)
+        B = len(batch["label"])
         for block, routing in routings.items():
             weight = routing.expert_weights.float().cpu()
             # [B, T, E]; or [B, 1, E] of sequences routed whole, whose tokens go with them.
             weight = weight.reshape(B, -1, weight.shape[-1]).expand(-1, data.tokens, -1)
             weights.setdefault(block, []).append(weight.flatten(0, 1))
+        for name, (label, owner, names) in data.labels(batch, start).items():
+            labels.setdefault(name, []).append(torch.stack([label, owner]).flatten(1))
+            names_of[name] = names
         start += B
-    rows, contingency = [], {}
-    for block, name in itertools.product(weights, labels):
-        label, owner = torch.cat(labels[name], 1)
-        known = label >= 0
-        weight, label, owner = torch.cat(weights[block])[known], label[known], owner[known]
-        whole = weight.sum(1, keepdim=True)
-        share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
-        counts = share.new_zeros(len(names_of[name]), share.shape[1]).index_add(0, label, share)
-        contingency.setdefault(block, {})[name] = counts, names_of[name]
-        if len(label) and owner[0] >= 0:  # -1: no NMI
-            n = 2 * (weight.numel() // EXAMINED) + 1  # odd: it meets all places of an 8 x 8 image
-            value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
-            by_chance, bound = float(np.mean(null)), float(np.quantile(null, 0.95))
-            found = {"NMI": value, "by chance": by_chance, "by chance, 95 %": bound}
-            found = {"block": block, "experts know of": name, **found}
-            rows.append(found | {"above chance": value - by_chance})
-    return rows, contingency
+    weights = {block: torch.cat(parts) for block, parts in weights.items()}
+    return weights, {name: (*torch.cat(labels[name], 1), names_of[name]) for name in labels}
 
 
 def nmi_and_null(weight, label, owner, draws=100):
     """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
-    All tokens of an owner have one label (a document's topic), or one routing (a sequence that is
-    routed whole). By chance: owners' routings are shuffled among the owners.
+    An owner's routing is the sum of its tokens' weights, of which each of its tokens gets an equal
+    part. (All of them have one label, or one routing.) By chance: that of another owner.
     """
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
     routed.index_add_(0, index, weight.double())
-    share = 1 / index.bincount()[index].double()[:, None]  # an owner's tokens share its routing
-    found, other, g = [], torch.arange(len(owners)), seeded("null")  # at first not shuffled
+    part = 1 / index.bincount()[index].double()[:, None]
+    found, whose, g = [], torch.arange(len(owners)), seeded("null")  # at first its own
     for _ in range(1 + draws):
         counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
-        found.append(nmi(counts.index_add(0, label, share * routed[other[index]])))
-        other = torch.randperm(len(owners), generator=g)
+        found.append(nmi(counts.index_add(0, label, part * routed[whose[index]])))
+        whose = torch.randperm(len(owners), generator=g)
     return found[0], found[1:]
 
 
@@ -814,7 +836,7 @@ def grid_page(entries, shown):
     column, reached = next(iter(entries[0].runs[0].cells)), {}
     for entry in entries:
         points = [(done.cells["GFLOPs"], done.cells[column]) for done in entry.runs]
-        reached[entry.name] = points * 2  # a line from a point to itself is a dot
+        reached[entry.title] = points * 2  # a thick line through all; a lone point twice is a dot
     heading, style = f"{column}: all runs of a row", "stroke-width:9px;stroke-linecap:round"
     picture = curves(heading, reached, "GFLOPs", style)
     return PAGE.format(title="Results", body=f"<pre class=table>{escape(shown)}</pre>{picture}")
@@ -854,12 +876,13 @@ class Record:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines = open(self.folder / "metrics.jsonl", "ab")
         try:
-            flock(self.lines, LOCK_EX | LOCK_NB)  # until the record goes, and closes it
+            flock(self.lines, LOCK_EX | LOCK_NB)  # as long as the file is open
         except BlockingIOError:
             raise ValueError(f"{self.folder} is in use: another process trains there") from None
         except (OSError, NameError):
             pass  # Windows and some file systems have no flock
-        self.lines.seek(self.lines.truncate(self.end))
+        self.lines.truncate(self.end)
+        self.lines.seek(self.end)
         (self.folder / "summary.json").unlink(missing_ok=True)
         config = {"overrides": overrides, "settings": vars(self.settings)}
         config |= {"data": data.description, "fingerprint": data.fingerprint}
@@ -874,6 +897,10 @@ class Record:
         if self.writes:
             self.lines.write(json.dumps(line | values).encode() + b"\n")
             self.lines.flush()
+
+    def read(self):
+        """All lines so far."""
+        return map(json.loads, (self.folder / "metrics.jsonl").read_text("utf-8").splitlines())
 
     def due(self):
         """Is it time for a checkpoint? The clock of process 0 decides."""
@@ -914,10 +941,7 @@ def read_json(path):
     return json.loads(path.read_text("utf-8"))
 
 
-def read_lines(folder):
-    """The training lines of metrics.jsonl, without those of evaluations."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if "split" not in line]
+
 
 
 @contextmanager
@@ -952,9 +976,6 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-
-
-
 def part_of_batch(settings):
     """The slice of a batch that this process computes."""
     rank, count = processes()
@@ -985,6 +1006,7 @@ def bench(overrides):
     x, rows = torch.randn(16, 256, b.dim, device=pick_device(b)), []
     dense = dense_ffn(b.dim, b.hidden).to(x.device)
     for name in ROUTERS if b.router == "all" else [b.router]:
+        # Of one router, an option that it lacks is an error; of all, it is left out.
         known = ROUTERS[name].defaults if b.router == "all" else OPTIONS
         options = {option: overrides[option] for option in overrides.keys() & known.keys()}
         router = build_router(name, b.dim, b.experts, tokens=x.shape[1], **options)
@@ -1053,8 +1075,7 @@ def command(words):
         except FloatingPointError as error:
             print(f"train.py: {folder} diverged {error}", file=sys.stderr)
             ended = 1
-        gc.collect()  # a model and its data hold each other
-        if ended > 1:
+        if ended > 1:  # interrupted; after a divergence, 1, the grid goes on
             return ended
         status = max(status, ended)
     if several and processes()[0] == 0:
@@ -1085,9 +1106,11 @@ def sample(overrides):
 
 def runs_to_do(lists, several):
     """The output folder, and {folder: overrides} of unfinished runs, from {setting: [values]}."""
-    task, router = (lists.get(name, [SETTINGS[name][1]])[0] for name in ("task", "router"))
-    name = f"grid-{task}" if several else f"{task}-{router}-{time.strftime('%m%d-%H%M%S')}"
-    out = pathlib.Path(lists.get("out", [f"runs/{name}"])[0])
+    first = defaults(SETTINGS) | {name: values[0] for name, values in lists.items()}
+    fresh = f"{first['task']}-{first['router']}-{time.strftime('%m%d-%H%M%S')}"
+    if several:
+        fresh = f"grid-{first['task']}"
+    out = pathlib.Path(first["out"] or f"runs/{fresh}")
     if not several and processes()[0] == 0 and out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty; choose another folder")
     for name in ("task", "head", "data", *FREE):  # no table compares two of the first three
@@ -1106,8 +1129,8 @@ def runs_to_do(lists, several):
 def combinations(lists):
     """All combinations of {setting: [values]}: (overrides, settings) of each.
 
-    Each is without the settings that its router lacks. --router all: without the routers that
-    reject a setting.
+    Each is without the settings that its router lacks; one that all lack is an error. --router all:
+    routers that reject a value are left out, and named.
     """
     all_routers, found, left_out = "all" in lists.get("router", ()), [], {}
     if all_routers:
