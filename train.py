@@ -588,8 +588,10 @@ def table(rows):
     """Rows of {column: text or number} as Markdown, columns aligned; no column without an entry."""
     columns = []
     for name in dict.fromkeys(itertools.chain(*rows)):
-        values = [line.get(name, "-") for line in rows]
-        texts = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
+        texts = []
+        for line in rows:
+            value = line.get(name, "-")
+            texts.append(f"{value:.3f}" if isinstance(value, float) else str(value))
         if set(texts) != {"-"}:
             width = max(map(len, [name, *texts]))
             columns.append([text.ljust(width) for text in (name, "-" * width, *texts)])
