@@ -105,7 +105,6 @@ SETTINGS = {
     "data": (path_or_name, None, "a path, cifar10 or cifar100; else drawn images, library's text"),
     "device": (("auto", "cpu", "cuda", "mps"), "auto", "auto: the best there is"),
     "dtype": (("auto", "float32", "float64", "bfloat16"), "auto", "auto: bfloat16 on CUDA"),
-
     "out": (str, None, "folder; by default a fresh one below runs, or of a grid runs/grid-TASK"),
     "log_every": (int, 10, "steps between lines of metrics.jsonl"),
     "save_every": (float, 5.0, "minutes between checkpoints; 0: one after every step"),
@@ -941,9 +940,6 @@ def write_whole(path, content):
 
 def read_json(path):
     return json.loads(path.read_text("utf-8"))
-
-
-
 
 
 @contextmanager
