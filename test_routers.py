@@ -1111,7 +1111,6 @@ def test_help_shows_the_defaults_that_hold_also_where_they_differ_by_task_and_ro
     for balance, rule, rate in ("bias", "sign", 1e-3), ("quantile", "quantile", 1.0):
         s = train.resolve({"router": "token_choice", "balance": balance})
         assert (s.bias_update, s.bias_rate, s.loss_weights) == (rule, rate, {})
-    assert len({train.resolve(dict(router="soft", slots=4, top_k=k)).code for k in (1, 2)}) == 1
 
 
 # ================================================================ images
@@ -1611,8 +1610,8 @@ def test_a_report_of_images_holds_the_printed_table_curves_and_maps_and_is_clear
     (kinds,) = re.findall("patch kind by expert</caption>(.*?)</table>", page, re.S)
     _, *rows = re.split("<th>(?:background|edge|interior)", kinds)
     for row in rows:
-        shares = [float(share) for share in re.findall(r'title="([\d.]+)"', row)]
-        assert len(shares) == 5 and sum(shares) == pytest.approx(1, abs=0.01) and shares[4] > 0.2
+        shares = [int(share) for share in re.findall(r'">(\d+)', row)]
+        assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=3) and shares[4] > 20
     assert len(rows) == 3 and all(f"expert {e}" in page for e in range(4))
 
 

@@ -204,7 +204,8 @@ def run(overrides, folder):
     if processes()[0] == 0:
         summary, contingency = conclude(settings, data, model, record.seconds)
         shown = summary_text(summary, data, contingency)
-        page = run_page(data, model, summary, shown, record.read(), contingency)
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        page = run_page(data, model, summary, shown, map(json.loads, lines), contingency)
         record.finish(summary, page)
         print(f"{shown}\n-> {folder}/report.html")
     return 0
@@ -243,11 +244,11 @@ def resolve(overrides):
             router = make_router(s)
     elif s.dense_match == "active":
         s.width = s.hidden * (s.top_k + s.shared)
-        del s.experts  # no effect: runs that differ in it are one run
+        del s.experts  # without effect: so code_of() does not see it
     else:
         s.width = s.hidden * (s.experts + s.shared)
         del s.top_k
-    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or "", shown with every result
+    s.label = TASKS[s.task].resolve(s, router, overrides)  # fills in more; "leaky" or ""
     s.title = f"{s.router} ({s.label})" if s.label else s.router
     if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
         raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
@@ -269,7 +270,7 @@ def defaults_of(overrides):
     if overrides.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     if "bias_rate" in values:
-        values["bias_rate"] = 0.0  # here --balance alone says how a bias moves
+        values["bias_rate"] = 0.0  # in place of sigmoid's own: here --balance sets it
         by_balance = BALANCE[overrides.get("balance", values["balance"])]
         values |= {name: by_balance[name] for name in by_balance if name in kind.defaults}
     return values
@@ -281,19 +282,17 @@ def lacking(overrides):
     chosen = known | overrides
     kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
     lacks.add("router_lr" if kind is DENSE else "dense_match")
-    needed = set(BALANCE[chosen["balance"]])  # losses, or options of the router
-    if not needed <= {*kind.aux_losses, *kind.defaults}:
+    by_balance = set(BALANCE[chosen["balance"]])  # losses, or options of the router
+    if not by_balance <= {*kind.aux_losses, *kind.defaults}:
         lacks |= {"balance", "balance_weight"}
     return lacks & set(overrides)
 
 
 def code_of(settings):
     """Eight digits, equal for runs that differ in nothing but the seed."""
-    idle = {*FREE, "seed", "balance", "balance_weight"}  # loss_weights and the bias say it
+    idle = {*FREE, "seed", "balance", "balance_weight"}  # see loss_weights, bias_rate, bias_update
     if settings.get("capacity_factor", 1) is None:
         idle.add("priority")  # dropless, all get a slot
-    if settings.get("slots"):
-        idle |= {"top_k", "capacity_factor"}
     deciding = {name: settings[name] for name in settings if name not in idle}
     return f"{zlib.crc32(json.dumps(deciding, sort_keys=True).encode()):08x}"
 
@@ -369,17 +368,17 @@ def train_step(settings, data, model, optimizer, step, batch):
     torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
     with precision(settings, data.device):
         loss, counts, routings = data.loss(model, batch)
-        distinct = list(dict.fromkeys(routings.values()))  # blocks may share one: it counts once
+        distinct = list(dict.fromkeys(routings.values()))  # --scope global: one for all blocks
         objective, losses = loss, {}
         for routing in distinct:
             add(losses, routing.losses)
         for name, weight in settings.loss_weights.items():
-            objective = objective + weight * losses.get(name, 0.0)  # load needs noise
+            objective = objective + weight * losses.get(name, 0.0)  # no "load" without noise
     objective.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     sums = sum_processes(counts | {"loss": loss.detach() * counts["count"]}, data.device)
-    losses = {name: value.detach() for name, value in losses.items()}
-    losses = sum_processes(losses, data.device, divisor=processes()[1]) | {"grad_norm": norm}
+    losses = {name: value.detach() / processes()[1] for name, value in losses.items()}
+    losses = sum_processes(losses, data.device) | {"grad_norm": norm}
     next_batch = data.batch(step + 1, part_of_batch(settings))  # made while a GPU still works
     if not torch.isfinite(norm + sums["loss"]):  # waits for the GPU
         found = f"loss {sums['loss'] / sums['count']:.3g}, gradient norm {norm:.3g}"
@@ -437,10 +436,9 @@ def block_stats(sums):
     expert e; 1 is even. dead: experts that none wants. dropped: share of tokens that no expert
     serves. entropy: of the gates; 1 is uniform.
     """
-    if not sums:
-        return {}  # dense
-    found, fetched = {}, torch.stack(list(sums.values())).tolist()  # one transfer for all blocks
-    for block, (*wanted, tokens, dropped, entropy) in zip(sums, fetched):
+    found = {}
+    for block, of_block in sums.items():
+        *wanted, tokens, dropped, entropy = of_block.tolist()
         load_max = len(wanted) * max(wanted) / max(sum(wanted), 1e-9)
         found[block] = {"load_max": load_max, "dead": wanted.count(0)}
         found[block] |= {"dropped": dropped / tokens, "entropy": entropy / tokens}
@@ -474,8 +472,8 @@ def conclude(settings, data, model, seconds):
     # What a task adds: a few-shot probe of images; the loss of leaky text as it is generated.
     summary |= data.report(settings, model, untrained=lambda: build(settings, data))
     summary["cells"] = cells(summary, data)  # for the table
-    ranking, *_ = summary["cells"].values()
-    summary["score"] = data.sign * ranking  # more is better
+    first_cell = next(iter(summary["cells"].values()))  # the task's first column ranks
+    summary["score"] = data.sign * first_cell  # sign -1: less is better
     return summary, contingency
 
 
@@ -508,8 +506,8 @@ def evaluate(settings, data, model, split):
 
 @contextmanager
 def dropless(model):
-    """Inside, where tokens or thresholds choose, none is turned away. Yields: was there a limit?"""
-    before = {}
+    """Inside, no token is turned away, unless experts choose. Yields whether one could be."""
+    before = {}  # {router: its capacity_factor}
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
             before[router] = router.options.capacity_factor
@@ -526,13 +524,13 @@ def idle_parameters(model, tokens):
     idle = 0.0
     for moe in model.modules():
         if isinstance(moe, MoE):
-            o, share = moe.router.options, moe.router.options.top_k / moe.router.num_experts
-            factor = o.capacity_factor or 1.0
+            o, factor = moe.router.options, moe.router.options.capacity_factor or 1.0
+            if moe.router.chooses == "tokens":
+                factor = min(1.0, factor)  # more slots are not more choices
+            serving = factor * o.top_k / moe.router.num_experts  # share of the experts
             if hasattr(o, "slots"):  # Soft
-                share = o.slots / tokens
-            elif moe.router.chooses != "tokens" or factor < 1:  # else cf > 1 adds no experts
-                share *= factor
-            idle += (1 - min(1, share)) * sum(p.numel() for p in moe.experts.parameters())
+                serving = o.slots / tokens
+            idle += (1 - min(1, serving)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
 
 
@@ -570,7 +568,7 @@ def row(of_runs):
     texts = {}
     for name in of_runs[0]:
         values, parts = [found[name] for found in of_runs], []
-        for mean in np.atleast_1d(np.mean(values, 0)):
+        for mean in np.atleast_1d(np.mean(values, 0)):  # one, or one for each block
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
         texts[name] = ", ".join(parts)
@@ -610,13 +608,12 @@ def results(overrides):
     for done in runs:
         groups.setdefault(done.settings["code"], []).append(done)
     for group in groups.values():  # runs of the same settings, one of each seed
-        texts = {"router": group[0].settings["title"]}
+        chosen = {"router": group[0].settings["title"]}
         for name in varied:
-            texts[name] = to_text(group[0].settings.get(name, "-"))
-        title = " ".join(texts.values())  # in the picture
-        texts |= {"seeds": str(len(group)), "to the best": ""}  # compare() fills it in
+            chosen[name] = to_text(group[0].settings.get(name, "-"))
+        texts = chosen | {"seeds": len(group), "to the best": ""}  # compare() fills it in
         texts |= row([done.cells for done in group])
-        scores = [done.score for done in group]
+        title, scores = " ".join(chosen.values()), [done.score for done in group]
         entries.append(SimpleNamespace(title=title, runs=group, texts=texts, scores=scores))
     entries.sort(key=lambda entry: -np.mean(entry.scores))
     compare(entries)
@@ -673,10 +670,10 @@ EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 
 
 def specialization(settings, data, model):
-    """How an expert's choice goes with the labels of tokens, in two forms.
+    """How an expert's choice goes with the labels of tokens: rows of a table, and contingency.
 
-    Rows of a table: for each block and label the NMI, and what it is by chance. And {block: {label:
-    (counts [labels, E + 1], names)}}: how many of a label's tokens expert e works on, a token of
+    Rows: for each block and label the NMI, and what it is by chance. Contingency: {block: {label:
+    (counts [labels, E + 1], names)}}, how many of a label's tokens expert e works on, a token of
     several split by weight; the last column: the dropped ones.
     """
     weights, labels = examine(settings, data, model)
@@ -689,8 +686,9 @@ def specialization(settings, data, model):
         share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
         counts = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
         contingency.setdefault(block, {})[name] = counts, names
-        if len(label) and owner[0] >= 0:  # -1: no NMI
-            n = 2 * (weight.numel() // EXAMINED) + 1  # odd: it meets all places of an 8 x 8 image
+        if len(label) and owner[0] >= 0:  # -1: the task wants counts alone, as of token ids
+            # Of much data every n-th token: n is odd, so as to meet all places of an 8 x 8 image.
+            n = 2 * (weight.numel() // EXAMINED) + 1
             value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
             found = {"block": block, "experts know of": name, "NMI": value}
             found |= {"by chance": np.mean(null), "by chance, 95 %": np.quantile(null, 0.95)}
@@ -700,10 +698,10 @@ def specialization(settings, data, model):
 
 @torch.no_grad()
 def examine(settings, data, model):
-    """Of all N tokens of a split: {block: weight [N, E] of each expert}, {label: its triple}.
+    """All N tokens of a split: {block: weights [N, E]}, {name: (label [N], owner [N], names)}.
 
-    A triple: label [N], owner [N], names of the labels. A token's owner is the patch, image or
-    document that has the label, or the sequence that is routed whole.
+    A token's owner is the patch, image or document that has the label, or the sequence that is
+    routed whole.
     """
     model.eval()
     weights, labels, names_of, start = {}, {}, {}, 0
@@ -713,7 +711,7 @@ def examine(settings, data, model):
         B = len(batch["label"])
         for block, routing in routings.items():
             weight = routing.expert_weights.float().cpu()
-            # [B, T, E]; or [B, 1, E] of sequences routed whole, whose tokens go with them.
+            # [B, T, E]; of a sequence routed whole [B, 1, E], which holds for all its T tokens.
             weight = weight.reshape(B, -1, weight.shape[-1]).expand(-1, data.tokens, -1)
             weights.setdefault(block, []).append(weight.flatten(0, 1))
         for name, (label, owner, names) in data.labels(batch, start).items():
@@ -727,8 +725,8 @@ def examine(settings, data, model):
 def nmi_and_null(weight, label, owner, draws=100):
     """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
-    An owner's routing is the sum of its tokens' weights, of which each of its tokens gets an equal
-    part. (All of them have one label, or one routing.) By chance: that of another owner.
+    All tokens of an owner have one label, or one routing, so they count together: each gets an
+    equal part of their summed weights; by chance, of another owner's.
     """
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
@@ -763,7 +761,7 @@ PAGE = """<!doctype html>
   pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }}
   pre.table {{ white-space: pre; overflow-x: auto; line-height: 1.4; }}
   .map {{ display: inline-table; margin-right: 2em; }}
-  .map td {{ width: 24px; height: 22px; border: 1px solid #ddd; font-size: 12px; padding: 0; }}
+  .map td {{ width: 24px; border: 1px solid #ddd; font-size: 12px; text-align: center; }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -825,19 +823,18 @@ def heat_map(heading, counts, names):
         page += f"<tr><th>{escape(str(name))}"
         for value in values:
             ink = "#fff" if value > 0.5 else "#000"
-            page += f'<td style="background:rgba(8,48,107,{value:.2f});color:{ink}" align=center '
-            page += f'title="{value:.3f}">'
-            if value >= 0.1:
-                page += f"{100 * value:.0f}"
+            style = f"background:rgba(8,48,107,{value:.2f});color:{ink}"
+            page += f'<td style="{style}">{100 * value:.0f}'
     return f"<table class=map>{page}</table>"
 
 
 def grid_page(entries, shown):
     """The page of a grid: its table, and what each run reaches at which cost."""
-    column, reached = next(iter(entries[0].runs[0].cells)), {}
+    column = next(iter(entries[0].runs[0].cells))  # that which ranks
+    reached = {}
     for entry in entries:
         points = [(done.cells["GFLOPs"], done.cells[column]) for done in entry.runs]
-        reached[entry.title] = points * 2  # a thick line through all; a lone point twice is a dot
+        reached[entry.title] = points * 2  # a lone point must come twice to be drawn
     heading, style = f"{column}: all runs of a row", "stroke-width:9px;stroke-linecap:round"
     picture = curves(heading, reached, "GFLOPs", style)
     return PAGE.format(title="Results", body=f"<pre class=table>{escape(shown)}</pre>{picture}")
@@ -898,10 +895,6 @@ class Record:
         if self.writes:
             self.lines.write(json.dumps(line | values).encode() + b"\n")
             self.lines.flush()
-
-    def read(self):
-        """All lines so far."""
-        return map(json.loads, (self.folder / "metrics.jsonl").read_text("utf-8").splitlines())
 
     def due(self):
         """Is it time for a checkpoint? The clock of process 0 decides."""
@@ -964,7 +957,7 @@ def process_group():
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # to wait for process 0
     if processes()[0]:  # only process 0 prints results; errors come from all
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
-    yield  # after an error torchrun ends the others: to wait for them would hang
+    yield  # no finally: after an error torchrun ends the others, and to wait would hang
     dist.barrier()  # process 0 has evaluations and the table to finish
     dist.destroy_process_group()
 
@@ -981,13 +974,13 @@ def part_of_batch(settings):
     return slice(rank * rows, (rank + 1) * rows)
 
 
-def sum_processes(values, device, divisor=1):
-    """{name: number, or tensors of one shape} summed over all processes, divided by `divisor`."""
+def sum_processes(values, device):
+    """{name: number, or tensors of one shape}, summed over all processes."""
     if not dist.is_initialized() or not values:
         return values
     stacked = torch.stack([torch.as_tensor(value).double().to(device) for value in values.values()])
     dist.all_reduce(stacked)
-    return dict(zip(values, stacked / divisor))
+    return dict(zip(values, stacked))
 
 
 # ================================================================ Later: what routing costs
@@ -1011,7 +1004,7 @@ def bench(overrides):
         moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(x.device)
         routing = moe(x)[1]
         slots = routing.dispatch(x).detach().flatten(0, 2)  # [G * E * C, D]
-        if routing.filled:  # dropless: empty ones are not run
+        if routing.filled:  # dropless: only so many are run; which ones, the time does not show
             slots = slots[: sum(routing.filled)]
         ms = milliseconds(b, lambda z: moe(z)[0], x)
         rows.append({"router": name, "ms": ms, "time / dense": ms / milliseconds(b, dense, slots)})
@@ -1055,7 +1048,7 @@ def command(words):
     """Train the runs that are asked for and make their table, or do something else."""
     with mistakes():
         action, lists = parse(words)
-        overrides = {name: values[0] for name, values in lists.items()}  # in a grid, of one run
+        overrides = {name: values[0] for name, values in lists.items()}  # all, if there is one run
         several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
         if action == "resume":
             out = pathlib.Path(overrides.pop(action))
@@ -1127,12 +1120,13 @@ def runs_to_do(lists, several):
 def combinations(lists):
     """All combinations of {setting: [values]}: (overrides, settings) of each.
 
-    Each is without the settings that its router lacks; one that all lack is an error. --router all:
+    A setting is dropped where its router lacks it; if all lack it, that is an error. --router all:
     routers that reject a value are left out, and named.
     """
     all_routers, found, left_out = "all" in lists.get("router", ()), [], {}
     if all_routers:
-        lists = {"dense_match": ["active", "total"]} | lists | {"router": list(ROUTER_KINDS)}
+        both = {"dense_match": ["active", "total"]}  # unless the user says otherwise
+        lists = both | lists | {"router": list(ROUTER_KINDS)}
     unused = set(lists)
     for values in itertools.product(*lists.values()):
         overrides = dict(zip(lists, values))
@@ -1188,7 +1182,7 @@ def parse(words):
 
 
 def default_text(name, default):
-    """Its default, and where others differ: "(token_choice: switch; sigmoid: bias)"."""
+    """A setting's default, then that of tasks and routers that have another, in brackets."""
     texts = [to_text(default)] if to_text(default) not in ("none", "False", "") else []
     others = {f"{task}, tiny": module.SIZES["tiny"] for task, module in TASKS.items()}
     others |= {router: kind.defaults | kind.train_defaults for router, kind in ROUTERS.items()}
