@@ -64,7 +64,7 @@ class MoE(nn.Module):
     def forward(self, x, key=None, routing=None):
         """x [G, T, D] -> y like x, and its Routing (`routing`, if given). key [G, T] is for hash.
 
-        With a routing given, x may be [G, T, n*D]: a token is n vectors, such as a whole sequence.
+        With a routing made elsewhere, a token may be n vectors, [G, T, n*D], such as a sequence.
         """
         if routing is None:
             routing = self.router(x, key)
@@ -151,7 +151,7 @@ class Router(nn.Module):
     causal          True only if, at a fixed C, no later token changes a token's experts
     gated           whether it has a gate, and the options in GATE
     defaults        its options, beside its parent's; they become flags of train.py
-    aux_losses      the losses that it offers: Routing.losses has them, and the notes they read
+    aux_losses      names of the losses it offers; Routing.losses computes them, from its notes
     train_defaults  train.py's settings for it, beside its options
     """
 
@@ -163,8 +163,8 @@ class Router(nn.Module):
     train_defaults = {}
 
     def __init_subclass__(cls):
-        shared = BUDGET | GATE if cls.gated else BUDGET
-        cls.defaults = shared | cls.__base__.defaults | vars(cls).get("defaults", {})
+        shared = BUDGET | (GATE if cls.gated else {})
+        cls.defaults = shared | cls.__base__.defaults | vars(cls).get("defaults", {})  # its own win
 
     def __init__(self, dim, num_experts, tokens=None, **options):
         """tokens: how many a group has. Soft alone needs it, where slots is None."""
@@ -201,12 +201,13 @@ class Router(nn.Module):
         return gates, gates
 
     def capacity(self, tokens, margin=1):
-        """C = ceil(margin*T*K*cf / E), from 1 to T; dropless: None. Published: a multiple of 4."""
+        """C = ceil(margin*T*K*cf / E), 1 to T; dropless: None. margin: 2 where K is only a mean."""
         o = self.options
         if o.capacity_factor is None:
             return None
         wanted = margin * tokens * o.top_k * o.capacity_factor / self.num_experts
-        return max(1, math.ceil(min(tokens, round(wanted, 9))))  # 11.000000000000002 is 11
+        # Rounded: 11.000000000000002 is 11. Differs: the published code rounds C up to fours.
+        return max(1, math.ceil(min(tokens, round(wanted, 9))))
 
     @torch.no_grad()
     def update(self, routings, generator=None):
@@ -275,7 +276,7 @@ class TokenChoice(Router):
 
 def largest(scores, k, dim):
     """True at the k largest along dim. Of equal ones the first count; topk promises no order."""
-    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # a NaN shows in the output
+    scores = scores.detach().nan_to_num(math.inf, math.inf, -math.inf)  # NaN is chosen, and shows
     kth = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     above, equal = scores > kth, scores == kth
     needed = k - above.sum(dim, keepdim=True)  # so many of the equal ones
@@ -291,7 +292,7 @@ def first_come(wants, capacity, rank=None):
     if capacity is None:
         return wants
     if rank is None:
-        in_line = wants.mT.contiguous().cumsum(2, dtype=torch.int32).mT  # 1 for the first
+        in_line = wants.mT.contiguous().cumsum(2, dtype=torch.int32).mT  # 1, 2, ...; .mT for speed
     else:
         # Who does not want it stands last: no rank is as large as wants.numel().
         in_line = 1 + ranks(torch.where(wants, rank, wants.numel()), dim=1)
@@ -499,19 +500,19 @@ class SinkhornExpertChoice(ExpertChoice):
 class SparseTokenChoice(SinkhornTokenChoice):
     """Tokens choose by a plan with at most K experts a token (2209.15466).
 
-    A token with fewer takes the lowest-numbered others too. With K = 1 and combine_weights="plan"
-    all weights are 1, and the router gets no gradient.
+    Where a token's plan has fewer than K non-zeros, the first other experts make up K. With K = 1
+    and combine_weights="plan" all weights are 1, and the router gets no gradient.
     """
 
     def scores_and_weights(self, logits, noisy):
-        gates = noisy.softmax(2).mT  # [G, E, T]: sparse_plan limits columns, here tokens
+        columns = noisy.softmax(2).mT  # [G, E, T]: a column, with k non-zeros, is a token
         limits = dict(k=self.options.top_k, column_sum=1.0)
-        scores, weights = by_plan(self.options, sparse_plan, gates, gates, **limits)
+        scores, weights = by_plan(self.options, sparse_plan, columns, columns, **limits)
         return scores.mT, weights.mT
 
 
 class SparseExpertChoice(SinkhornExpertChoice):
-    """Experts choose by a plan with at most C tokens an expert; the first others fill up."""
+    """Experts choose by a plan of at most C tokens each; if fewer, the first others make up C."""
 
     def scores_and_weights(self, logits, noisy):
         gates = noisy.softmax(2)
@@ -549,9 +550,9 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
         argmax_P  <P, gates> - |P|^2 / 2,  columns sum to column_sum, rows to column_sum * E/T
 
     gates [G, T, E] -> plan [G, T, E]; column_sum None is T/E, so that rows sum to 1. Columns are
-    exact: each is the projection of gates + alpha. Rows are approximate: alpha [G, T, 1] raises a
-    row's gates until its sum fits. Adam moves alpha, at most `iterations` times; a group stops when
-    the norm of its rows' errors is <= 1e-3. Differs: a gradient passes the last projection.
+    exact: column_sum times the projection of (gates + alpha) / column_sum. Rows are approximate:
+    alpha [G, T, 1] raises a row's gates until its sum fits. Adam moves it, at most `iterations`
+    times, until a group's errors have a norm <= 1e-3. Differs: the last projection has a gradient.
     """
     G, T, E = gates.shape
     column_sum = T / E if column_sum is None else column_sum
@@ -562,7 +563,7 @@ def sparse_plan(gates, k, iterations=20, lr=1e-2, column_sum=None):
     for step in range(1, iterations + 1):
         share = project((alpha + fixed) / column_sum, k)  # of a column; shares sum to 1
         slope = column_sum * share.sum(2, keepdim=True) - row_sum  # > 0: the row gets too much
-        m = 0.9 * m + 0.1 * slope  # from here: Adam
+        m = 0.9 * m + 0.1 * slope  # Adam by hand, as each group stops by itself
         v = 0.999 * v + 0.001 * slope**2
         move = lr * m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
         alpha = torch.where(running, alpha - move, alpha)
@@ -729,8 +730,8 @@ def ranks(z, dim):
 def move_bias(router, routings):
     """After a step: raise the bias [E] of experts that too few tokens want, lower that of others.
 
-    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): at rate 1, so that q = N*K / E
-    tokens, the even share, would clear the bar for each expert, if the bars stayed:
+    "sign" (2408.15664): by bias_rate. "quantile" (Megatron-Core): at rate 1, so that of N tokens
+    q = N*K / E, the even share, would clear the bar of each expert, if the bars stayed:
 
         bar[n] = (K+1)-th largest of scores[n] + bias,  margin[n,e] = scores[n,e] + bias[e] - bar[n]
         bias[e] falls by bias_rate times the (q+1)-th largest of margin[:,e]
@@ -774,7 +775,8 @@ def one_by_one(experts, slots, filled, weights):
         half = torch.get_autocast_dtype(device)
         slots, weights = slots.to(half), [weight.to(half) for weight in weights]
     outputs = []
-    for own, *own_weights in zip(slots.split(filled), *[weight.split(1) for weight in weights]):
+    of_experts = zip(*[weight.split(1) for weight in weights])
+    for own, own_weights in zip(slots.split(filled), of_experts):
         y = experts.expert(own.reshape(1, -1, experts.dim), *own_weights)
         outputs.append(y.view_as(own))
     return torch.cat(outputs)
@@ -841,7 +843,7 @@ def check_options(router, overrides):
     for name, value in (sizes | vars(o)).items():
         default = router.defaults.get(name, 1)  # sizes are whole numbers
         if type(value) is type(default) and value == default:
-            continue  # a fork's may be below 0
+            continue  # a default is always valid: a fork's may be below 0
         if value is None and name in ("tokens", "capacity_factor"):
             continue
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -884,7 +886,7 @@ def redraw(gate, generator=None):
 
 
 def draw_noise(logits):
-    """Standard normal noise. Each process draws the whole batch's, as one would; keeps its part."""
+    """Standard normal noise. Each process draws the whole batch's, and keeps that of its rows."""
     if not dist.is_initialized():
         return torch.randn_like(logits)
     whole = logits.new_empty(dist.get_world_size() * len(logits), *logits.shape[1:])

@@ -244,11 +244,11 @@ def resolve(overrides):
             router = make_router(s)
     elif s.dense_match == "active":
         s.width = s.hidden * (s.top_k + s.shared)
-        del s.experts  # without effect: so code_of() does not see it
+        del s.experts  # changes nothing here: code_of() must not count it
     else:
         s.width = s.hidden * (s.experts + s.shared)
         del s.top_k
-    s.label = TASKS[s.task].resolve(s, router, overrides)  # fills in more; "leaky" or ""
+    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or ""; fills in s, too
     s.title = f"{s.router} ({s.label})" if s.label else s.router
     if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
         raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
@@ -270,7 +270,7 @@ def defaults_of(overrides):
     if overrides.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     if "bias_rate" in values:
-        values["bias_rate"] = 0.0  # in place of sigmoid's own: here --balance sets it
+        values["bias_rate"] = 0.0  # a router's own is for library use: here --balance sets it
         by_balance = BALANCE[overrides.get("balance", values["balance"])]
         values |= {name: by_balance[name] for name in by_balance if name in kind.defaults}
     return values
@@ -281,16 +281,17 @@ def lacking(overrides):
     known = defaults_of(overrides)
     chosen = known | overrides
     kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
-    lacks.add("router_lr" if kind is DENSE else "dense_match")
-    by_balance = set(BALANCE[chosen["balance"]])  # losses, or options of the router
+    lacks.add("router_lr" if kind is DENSE else "dense_match")  # known, but for the others
+    by_balance = set(BALANCE[chosen["balance"]])  # losses or options: it must have all of them
     if not by_balance <= {*kind.aux_losses, *kind.defaults}:
         lacks |= {"balance", "balance_weight"}
     return lacks & set(overrides)
 
 
 def code_of(settings):
-    """Eight digits, equal for runs that differ in nothing but the seed."""
-    idle = {*FREE, "seed", "balance", "balance_weight"}  # see loss_weights, bias_rate, bias_update
+    """Eight hex digits, equal for runs that differ in nothing but the seed."""
+    # What balance does stands in loss_weights, bias_rate and bias_update.
+    idle = {*FREE, "seed", "balance", "balance_weight"}
     if settings.get("capacity_factor", 1) is None:
         idle.add("priority")  # dropless, all get a slot
     deciding = {name: settings[name] for name in settings if name not in idle}
@@ -469,7 +470,7 @@ def conclude(settings, data, model, seconds):
     summary["parameters"] = count
     summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
     summary["specialization"], contingency = specialization(settings, data, model)
-    # What a task adds: a few-shot probe of images; the loss of leaky text as it is generated.
+    # What a task adds: a few-shot probe beside an untrained model's; leaky text as it is generated.
     summary |= data.report(settings, model, untrained=lambda: build(settings, data))
     summary["cells"] = cells(summary, data)  # for the table
     first_cell = next(iter(summary["cells"].values()))  # the task's first column ranks
@@ -506,7 +507,7 @@ def evaluate(settings, data, model, split):
 
 @contextmanager
 def dropless(model):
-    """Inside, no token is turned away, unless experts choose. Yields whether one could be."""
+    """Inside, no token is turned away, unless experts choose. Yields: had any router a limit?"""
     before = {}  # {router: its capacity_factor}
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
@@ -525,10 +526,10 @@ def idle_parameters(model, tokens):
     for moe in model.modules():
         if isinstance(moe, MoE):
             o, factor = moe.router.options, moe.router.options.capacity_factor or 1.0
-            if moe.router.chooses == "tokens":
+            if moe.router.chooses != "experts":
                 factor = min(1.0, factor)  # more slots are not more choices
             serving = factor * o.top_k / moe.router.num_experts  # share of the experts
-            if hasattr(o, "slots"):  # Soft
+            if hasattr(o, "slots"):  # Soft: by its work, E * slots vectors for so many tokens
                 serving = o.slots / tokens
             idle += (1 - min(1, serving)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
@@ -669,6 +670,32 @@ def compare(entries):
 EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 
 
+@torch.no_grad()
+def examine(settings, data, model):
+    """All N tokens of a split: {block: weights [N, E]}, {name: (label [N], owner [N], names)}.
+
+    A token's owner is the patch, image or document that has the label, or the sequence that is
+    routed whole.
+    """
+    model.eval()
+    weights, labels, names_of, start = {}, {}, {}, 0
+    for batch in tqdm(data.batches(data.examined), "examining experts", leave=False):
+        with precision(settings, data.device):
+            _, _, routings = data.loss(model, batch)
+        B = len(batch["label"])
+        for block, routing in routings.items():
+            weight = routing.expert_weights.float().cpu()
+            # [B, T, E]; of a sequence routed whole [B, 1, E], which holds for all its T tokens.
+            weight = weight.reshape(B, -1, weight.shape[-1]).expand(-1, data.tokens, -1)
+            weights.setdefault(block, []).append(weight.flatten(0, 1))
+        for name, (label, owner, names) in data.labels(batch, start).items():
+            labels.setdefault(name, []).append(torch.stack([label, owner]).flatten(1))
+            names_of[name] = names
+        start += B
+    weights = {block: torch.cat(parts) for block, parts in weights.items()}
+    return weights, {name: (*torch.cat(labels[name], 1), names_of[name]) for name in labels}
+
+
 def specialization(settings, data, model):
     """How an expert's choice goes with the labels of tokens: rows of a table, and contingency.
 
@@ -696,37 +723,11 @@ def specialization(settings, data, model):
     return rows, contingency
 
 
-@torch.no_grad()
-def examine(settings, data, model):
-    """All N tokens of a split: {block: weights [N, E]}, {name: (label [N], owner [N], names)}.
-
-    A token's owner is the patch, image or document that has the label, or the sequence that is
-    routed whole.
-    """
-    model.eval()
-    weights, labels, names_of, start = {}, {}, {}, 0
-    for batch in tqdm(data.batches(data.examined), "examining experts", leave=False):
-        with precision(settings, data.device):
-            _, _, routings = data.loss(model, batch)
-        B = len(batch["label"])
-        for block, routing in routings.items():
-            weight = routing.expert_weights.float().cpu()
-            # [B, T, E]; of a sequence routed whole [B, 1, E], which holds for all its T tokens.
-            weight = weight.reshape(B, -1, weight.shape[-1]).expand(-1, data.tokens, -1)
-            weights.setdefault(block, []).append(weight.flatten(0, 1))
-        for name, (label, owner, names) in data.labels(batch, start).items():
-            labels.setdefault(name, []).append(torch.stack([label, owner]).flatten(1))
-            names_of[name] = names
-        start += B
-    weights = {block: torch.cat(parts) for block, parts in weights.items()}
-    return weights, {name: (*torch.cat(labels[name], 1), names_of[name]) for name in labels}
-
-
 def nmi_and_null(weight, label, owner, draws=100):
     """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
-    All tokens of an owner have one label, or one routing, so they count together: each gets an
-    equal part of their summed weights; by chance, of another owner's.
+    All tokens of an owner have one label, or one routing, so owners are shuffled, not tokens: each
+    token gets an equal part of its owner's summed weights; by chance, of another owner's.
     """
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
@@ -1048,7 +1049,7 @@ def command(words):
     """Train the runs that are asked for and make their table, or do something else."""
     with mistakes():
         action, lists = parse(words)
-        overrides = {name: values[0] for name, values in lists.items()}  # all, if there is one run
+        overrides = {name: values[0] for name, values in lists.items()}  # all, unless it is a grid
         several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
         if action == "resume":
             out = pathlib.Path(overrides.pop(action))
