@@ -240,15 +240,15 @@ def resolve(overrides):
             s.loss_weights[name] = weight if s.balance_weight is None else s.balance_weight
     router = None
     if s.router != "dense":
-        with torch.device("meta"):  # takes no memory: tasks only ask who chooses, and if causal
+        with torch.device("meta"):  # takes no memory: tasks read its `chooses` and `causal` alone
             router = make_router(s)
     elif s.dense_match == "active":
         s.width = s.hidden * (s.top_k + s.shared)
-        del s.experts  # changes nothing here: code_of() must not count it
+        del s.experts  # sets no width here: code_of() must not count it
     else:
         s.width = s.hidden * (s.experts + s.shared)
         del s.top_k
-    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or ""; fills in s, too
+    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or ""; sets s.moe_blocks, ...
     s.title = f"{s.router} ({s.label})" if s.label else s.router
     if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
         raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
@@ -270,7 +270,7 @@ def defaults_of(overrides):
     if overrides.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     if "bias_rate" in values:
-        values["bias_rate"] = 0.0  # a router's own is for library use: here --balance sets it
+        values["bias_rate"] = 0.0  # not the router class's own: here --balance alone turns it on
         by_balance = BALANCE[overrides.get("balance", values["balance"])]
         values |= {name: by_balance[name] for name in by_balance if name in kind.defaults}
     return values
@@ -281,15 +281,15 @@ def lacking(overrides):
     known = defaults_of(overrides)
     chosen = known | overrides
     kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
-    lacks.add("router_lr" if kind is DENSE else "dense_match")  # known, but for the others
-    by_balance = set(BALANCE[chosen["balance"]])  # losses or options: it must have all of them
+    lacks.add("router_lr" if kind is DENSE else "dense_match")  # known, but dense, or not, has none
+    by_balance = set(BALANCE[chosen["balance"]])  # losses and options: the router needs them all
     if not by_balance <= {*kind.aux_losses, *kind.defaults}:
         lacks |= {"balance", "balance_weight"}
     return lacks & set(overrides)
 
 
 def code_of(settings):
-    """Eight hex digits, equal for runs that differ in nothing but the seed."""
+    """Eight hex digits, equal for runs with the same result but for the seed."""
     # What balance does stands in loss_weights, bias_rate and bias_update.
     idle = {*FREE, "seed", "balance", "balance_weight"}
     if settings.get("capacity_factor", 1) is None:
@@ -369,12 +369,12 @@ def train_step(settings, data, model, optimizer, step, batch):
     torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
     with precision(settings, data.device):
         loss, counts, routings = data.loss(model, batch)
-        distinct = list(dict.fromkeys(routings.values()))  # --scope global: one for all blocks
+        distinct = list(dict.fromkeys(routings.values()))  # blocks that share one count it once
         objective, losses = loss, {}
         for routing in distinct:
             add(losses, routing.losses)
         for name, weight in settings.loss_weights.items():
-            objective = objective + weight * losses.get(name, 0.0)  # no "load" without noise
+            objective = objective + weight * losses.get(name, 0.0)  # "load" is absent without noise
     objective.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     sums = sum_processes(counts | {"loss": loss.detach() * counts["count"]}, data.device)
@@ -470,7 +470,7 @@ def conclude(settings, data, model, seconds):
     summary["parameters"] = count
     summary["active_parameters"] = round(count - idle_parameters(model, data.tokens))
     summary["specialization"], contingency = specialization(settings, data, model)
-    # What a task adds: a few-shot probe beside an untrained model's; leaky text as it is generated.
+    # A task adds: few-shot accuracy, trained and untrained; a leaky text model's loss without leak.
     summary |= data.report(settings, model, untrained=lambda: build(settings, data))
     summary["cells"] = cells(summary, data)  # for the table
     first_cell = next(iter(summary["cells"].values()))  # the task's first column ranks
@@ -507,7 +507,7 @@ def evaluate(settings, data, model, split):
 
 @contextmanager
 def dropless(model):
-    """Inside, no token is turned away, unless experts choose. Yields: had any router a limit?"""
+    """Inside, tokens that choose or pass a threshold get a seat. Yields: had any router a limit?"""
     before = {}  # {router: its capacity_factor}
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
@@ -529,8 +529,8 @@ def idle_parameters(model, tokens):
             if moe.router.chooses != "experts":
                 factor = min(1.0, factor)  # more slots are not more choices
             serving = factor * o.top_k / moe.router.num_experts  # share of the experts
-            if hasattr(o, "slots"):  # Soft: by its work, E * slots vectors for so many tokens
-                serving = o.slots / tokens
+            if hasattr(o, "slots"):  # Soft, by its work: E * slots calls for T tokens are
+                serving = o.slots / tokens  # slots / T of the experts for each
             idle += (1 - min(1, serving)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
 
@@ -674,8 +674,8 @@ EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 def examine(settings, data, model):
     """All N tokens of a split: {block: weights [N, E]}, {name: (label [N], owner [N], names)}.
 
-    A token's owner is the patch, image or document that has the label, or the sequence that is
-    routed whole.
+    A token's owner is the patch, image, document or whole-routed sequence whose tokens share a
+    label or a routing, so that chance must shuffle it whole.
     """
     model.eval()
     weights, labels, names_of, start = {}, {}, {}, 0
@@ -699,9 +699,9 @@ def examine(settings, data, model):
 def specialization(settings, data, model):
     """How an expert's choice goes with the labels of tokens: rows of a table, and contingency.
 
-    Rows: for each block and label the NMI, and what it is by chance. Contingency: {block: {label:
-    (counts [labels, E + 1], names)}}, how many of a label's tokens expert e works on, a token of
-    several split by weight; the last column: the dropped ones.
+    Rows: of each block and label the normalized mutual information (NMI), and that by chance.
+    Contingency: {block: {label: (counts [labels, E + 1], names)}}, how many of a label's tokens
+    expert e works on, a token of several split by weight; the last column: the dropped ones.
     """
     weights, labels = examine(settings, data, model)
     rows, contingency = [], {}
@@ -713,7 +713,7 @@ def specialization(settings, data, model):
         share = torch.cat([weight / whole.clamp(min=1e-30), (whole == 0).float()], 1)
         counts = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
         contingency.setdefault(block, {})[name] = counts, names
-        if len(label) and owner[0] >= 0:  # -1: the task wants counts alone, as of token ids
+        if len(label) and owner[0] >= 0:  # owner -1: counts but no NMI, as of token ids
             # Of much data every n-th token: n is odd, so as to meet all places of an 8 x 8 image.
             n = 2 * (weight.numel() // EXAMINED) + 1
             value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
@@ -726,14 +726,15 @@ def specialization(settings, data, model):
 def nmi_and_null(weight, label, owner, draws=100):
     """NMI of expert with label, and of each draw by chance: weight [N, E], label [N], owner [N].
 
-    All tokens of an owner have one label, or one routing, so owners are shuffled, not tokens: each
-    token gets an equal part of its owner's summed weights; by chance, of another owner's.
+    An owner's weights are pooled, and spread evenly over its tokens. A draw by chance gives each
+    owner the pool of another.
     """
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
     routed.index_add_(0, index, weight.double())
     part = 1 / index.bincount()[index].double()[:, None]
-    found, whose, g = [], torch.arange(len(owners)), seeded("null")  # at first its own
+    found, g = [], seeded("null")
+    whose = torch.arange(len(owners))  # whose pool an owner gets: first its own
     for _ in range(1 + draws):
         counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
         found.append(nmi(counts.index_add(0, label, part * routed[whose[index]])))
@@ -780,7 +781,7 @@ def run_page(data, model, summary, shown, lines, contingency):
     """The page of one run, HTML that needs no network. shown: what is printed; lines: the log."""
     drawn = {name: {} for name in CURVES}  # {name: {"" or a block: [(step, value), ...]}}
     for line in lines:
-        for block, values in {"": {"loss": line["loss"]}, **line["blocks"]}.items():
+        for block, values in (line["blocks"] | {"": line}).items():  # "": of the whole model
             for name in drawn.keys() & values.keys():
                 drawn[name].setdefault(block, []).append((line["step"], values[name]))
     body = [f"<pre class=table>{escape(data.description)}\n{escape(shown)}</pre>"]
@@ -1005,7 +1006,7 @@ def bench(overrides):
         moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(x.device)
         routing = moe(x)[1]
         slots = routing.dispatch(x).detach().flatten(0, 2)  # [G * E * C, D]
-        if routing.filled:  # dropless: only so many are run; which ones, the time does not show
+        if routing.filled:  # dropless runs so many alone; any as many take the FFN as long
             slots = slots[: sum(routing.filled)]
         ms = milliseconds(b, lambda z: moe(z)[0], x)
         rows.append({"router": name, "ms": ms, "time / dense": ms / milliseconds(b, dense, slots)})
@@ -1049,7 +1050,7 @@ def command(words):
     """Train the runs that are asked for and make their table, or do something else."""
     with mistakes():
         action, lists = parse(words)
-        overrides = {name: values[0] for name, values in lists.items()}  # all, unless it is a grid
+        overrides = {name: values[0] for name, values in lists.items()}  # a grid's: runs_to_do()
         several = overrides.get("router") == "all" or max(map(len, lists.values()), default=1) > 1
         if action == "resume":
             out = pathlib.Path(overrides.pop(action))
@@ -1126,9 +1127,9 @@ def combinations(lists):
     """
     all_routers, found, left_out = "all" in lists.get("router", ()), [], {}
     if all_routers:
-        both = {"dense_match": ["active", "total"]}  # unless the user says otherwise
-        lists = both | lists | {"router": list(ROUTER_KINDS)}
-    unused = set(lists)
+        widths = {"dense_match": ["active", "total"]}  # of dense, unless the user chose
+        lists = widths | lists | {"router": list(ROUTER_KINDS)}
+    unused = set(lists)  # settings that no combination has
     for values in itertools.product(*lists.values()):
         overrides = dict(zip(lists, values))
         for name in lacking(overrides):
