@@ -783,8 +783,6 @@ def one_by_one(experts, slots, filled, weights):
 
 
 # ================================================================ Later: losses
-
-
 def importance_loss(logits, gates=None):
     """Squared coefficient of variation of the experts' summed gates (V-MoE 2106.05974, app. A).
 

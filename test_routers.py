@@ -1111,6 +1111,12 @@ def test_help_shows_the_defaults_that_hold_also_where_they_differ_by_task_and_ro
     for balance, rule, rate in ("bias", "sign", 1e-3), ("quantile", "quantile", 1.0):
         s = train.resolve({"router": "token_choice", "balance": balance})
         assert (s.bias_update, s.bias_rate, s.loss_weights) == (rule, rate, {})
+    s = train.resolve({"router": "sigmoid", "balance": "switch"})
+    assert (s.bias_rate, s.loss_weights) == (0, {"balance": 0.01})
+    for weights in "frozen", "random":
+        assert (
+            train.resolve({"router": "token_choice", "router_weights": weights}).balance == "none"
+        )
 
 
 # ================================================================ images
@@ -1277,7 +1283,7 @@ def step_by_hand(b, step, moments):
     s, names = b.settings, dict(b.model.named_parameters())
     loss, _, routings = b.data.loss(b.model.train(), b.data.batch(step))
     for routing in routings.values():
-        loss = loss + 0.1 * (routing.losses["balance"] + routing.losses["z"])
+        loss = loss + 0.1 * routing.losses["balance"] + 0.2 * routing.losses["z"]
     gradients = torch.autograd.grad(loss, names.values())
     norm = sum(gradient.square().sum() for gradient in gradients).sqrt().item()
     rate = s.lr * (step + 1) / 3  # it rises in 3 of 30 steps
@@ -1299,9 +1305,10 @@ def step_by_hand(b, step, moments):
     return norm
 
 
-def test_steps_equal_those_written_out_by_hand(album):
-    flags = """--router token_choice --balance st_moe --balance-weight 0.1 --bias-rate 0.1
-        --shared 1 --top-k 2 --router-lr 0.5 --lr 0.1 --steps 30 --dtype float64 --moe-blocks 0,1"""
+def test_steps_equal_those_written_out_by_hand(album, monkeypatch):
+    monkeypatch.setitem(train.BALANCE, "st_moe", {"balance": 0.1, "z": 0.2})
+    flags = """--router token_choice --balance st_moe --bias-rate 0.1 --shared 1
+        --top-k 2 --router-lr 0.5 --lr 0.1 --steps 30 --dtype float64 --moe-blocks 0,1"""
     b, twin, moments, norms = built(flags, album), built(flags, album), {}, []
     for step in range(8):
         stepped = step_of(b, step)
@@ -1906,7 +1913,7 @@ def in_two_processes(commands):
 
 
 SHARED = [  # task, router, and what is special about a run that two processes share
-    "vision token_choice --balance-weight 1 --noise-std 1 --top-k 2 --shared 1",
+    "vision token_choice --balance vmoe --noise-std 1 --top-k 2 --shared 1",
     # of six experts, a share of 1/6 is rounded: with this seed, a sign of such shares would differ
     "vision token_choice --balance bias --experts 6 --steps 60 --batch-size 6 --seed 1",
     "vision token_choice --balance quantile --experts 6 --steps 12",

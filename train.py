@@ -26,7 +26,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import signal
 import sys
 import time
@@ -121,7 +120,6 @@ SETTINGS = {
     "moe_blocks": (blocks, None, "blocks with experts, such as 1,3; by default as the task says"),
     "dense_match": (("active", "total"), "active", "dense: as wide as K experts, or as all"),
     "balance": (tuple(BALANCE), "none", "losses of a paper; bias, quantile: a bias on the scores"),
-    "balance_weight": (float, None, "weight of its losses; by default that of the paper"),
 }
 OPTION_HELP = {
     "top_k": "experts a token chooses; elsewhere it sets the number of slots",
@@ -234,10 +232,8 @@ def resolve(overrides):
     if s.batch_size % processes()[1]:
         rule = f"the number of processes must divide --batch-size {s.batch_size}"
         raise ValueError(f"{rule}, got {processes()[1]}")
-    s.loss_weights = {}
-    for name, weight in BALANCE[s.balance].items():
-        if name in ROUTER_KINDS[s.router].aux_losses:
-            s.loss_weights[name] = weight if s.balance_weight is None else s.balance_weight
+    aux_losses = ROUTER_KINDS[s.router].aux_losses
+    s.loss_weights = {name: w for name, w in BALANCE[s.balance].items() if name in aux_losses}
     router = None
     if s.router != "dense":
         with torch.device("meta"):  # takes no memory: tasks read its `chooses` and `causal` alone
@@ -284,14 +280,14 @@ def lacking(overrides):
     lacks.add("router_lr" if kind is DENSE else "dense_match")  # known, but dense, or not, has none
     by_balance = set(BALANCE[chosen["balance"]])  # losses and options: the router needs them all
     if not by_balance <= {*kind.aux_losses, *kind.defaults}:
-        lacks |= {"balance", "balance_weight"}
+        lacks.add("balance")
     return lacks & set(overrides)
 
 
 def code_of(settings):
     """Eight hex digits, equal for runs with the same result but for the seed."""
     # What balance does stands in loss_weights, bias_rate and bias_update.
-    idle = {*FREE, "seed", "balance", "balance_weight"}
+    idle = {*FREE, "seed", "balance"}
     if settings.get("capacity_factor", 1) is None:
         idle.add("priority")  # dropless, all get a slot
     deciding = {name: settings[name] for name in settings if name not in idle}
@@ -1041,7 +1037,7 @@ def main(words=None):
 
 def keep_memory():
     """Let glibc keep what tensors free: to fetch it again takes up to a quarter of a CPU's step."""
-    if platform.libc_ver()[0] == "glibc":
+    with suppress(AttributeError, TypeError):  # other systems have no mallopt
         for threshold, size in (-3, 2**25), (-1, 2**30):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(threshold, size)
 
