@@ -240,11 +240,11 @@ def resolve(overrides):
             router = make_router(s)
     elif s.dense_match == "active":
         s.width = s.hidden * (s.top_k + s.shared)
-        del s.experts  # sets no width here: code_of() must not count it
+        del s.experts  # without effect: runs that differ there alone are one run, see code_of()
     else:
         s.width = s.hidden * (s.experts + s.shared)
         del s.top_k
-    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or ""; sets s.moe_blocks, ...
+    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or ""; also fills in s
     s.title = f"{s.router} ({s.label})" if s.label else s.router
     if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
         raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
@@ -266,7 +266,7 @@ def defaults_of(overrides):
     if overrides.get("router_weights", "learned") != "learned":
         values["balance"] = "none"  # such a gate learns nothing that a loss could balance
     if "bias_rate" in values:
-        values["bias_rate"] = 0.0  # not the router class's own: here --balance alone turns it on
+        values["bias_rate"] = 0.0  # off, whatever the class says; --balance turns it on
         by_balance = BALANCE[overrides.get("balance", values["balance"])]
         values |= {name: by_balance[name] for name in by_balance if name in kind.defaults}
     return values
@@ -277,7 +277,7 @@ def lacking(overrides):
     known = defaults_of(overrides)
     chosen = known | overrides
     kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
-    lacks.add("router_lr" if kind is DENSE else "dense_match")  # known, but dense, or not, has none
+    lacks.add("router_lr" if kind is DENSE else "dense_match")  # all have a default
     by_balance = set(BALANCE[chosen["balance"]])  # losses and options: the router needs them all
     if not by_balance <= {*kind.aux_losses, *kind.defaults}:
         lacks.add("balance")
@@ -286,7 +286,7 @@ def lacking(overrides):
 
 def code_of(settings):
     """Eight hex digits, equal for runs with the same result but for the seed."""
-    # What balance does stands in loss_weights, bias_rate and bias_update.
+    # Balance is only a name: its effect is in loss_weights, bias_rate and bias_update.
     idle = {*FREE, "seed", "balance"}
     if settings.get("capacity_factor", 1) is None:
         idle.add("priority")  # dropless, all get a slot
@@ -322,10 +322,9 @@ def build(settings, data):
         if settings.router == "dense":
             return dense_ffn(settings.dim, settings.width)
         router = make_router(settings, data.tokens)
-        experts, shared = Experts(settings.experts, settings.dim, settings.hidden), None
-        if settings.shared:
-            shared = dense_ffn(settings.dim, settings.shared * settings.hidden)
-        return MoE(router, experts, shared)
+        experts = Experts(settings.experts, settings.dim, settings.hidden)
+        width = settings.shared * settings.hidden
+        return MoE(router, experts, dense_ffn(settings.dim, width) if width else None)
 
     torch.manual_seed(seeded(settings.seed, "weights").initial_seed())
     return data.build(settings, make_ffn).to(data.device).eval()
@@ -345,7 +344,7 @@ def make_optimizer(settings, model):
         if ".router." in name:
             group = gates
         elif parameter.ndim < 2 or parameter.shape[-2] == 1 or name == "position":
-            group = bare  # experts' biases are [E, 1, n]
+            group = bare  # an expert's biases have the shape [E, 1, n]
         if parameter.requires_grad:
             group["params"].append(parameter)
     return torch.optim.AdamW([weights, bare, gates], settings.lr, (0.9, 0.95), fused=True)
@@ -365,7 +364,7 @@ def train_step(settings, data, model, optimizer, step, batch):
     torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
     with precision(settings, data.device):
         loss, counts, routings = data.loss(model, batch)
-        distinct = list(dict.fromkeys(routings.values()))  # blocks that share one count it once
+        distinct = list(dict.fromkeys(routings.values()))  # by --scope global all blocks share one
         objective, losses = loss, {}
         for routing in distinct:
             add(losses, routing.losses)
@@ -410,7 +409,7 @@ def to_floats(values):
 
 
 def block_sums(routings):
-    """{block: [E + 3]}, sums that may be added over parts of a batch, batches and processes.
+    """From Routings {block: [E + 3]}, sums to be added over parts, batches and processes.
 
     How many tokens want each expert; then all tokens, dropped tokens, summed entropies.
     """
@@ -508,7 +507,7 @@ def dropless(model):
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
             before[router] = router.options.capacity_factor
-            # Thresholds need a number; E is room for every token.
+            # A threshold needs a number. As C = T K cf / E, at most T, E is enough.
             ample = None if router.chooses == "tokens" else float(router.num_experts)
             router.options.capacity_factor = ample
     yield any(before.values())
@@ -521,12 +520,13 @@ def idle_parameters(model, tokens):
     idle = 0.0
     for moe in model.modules():
         if isinstance(moe, MoE):
-            o, factor = moe.router.options, moe.router.options.capacity_factor or 1.0
+            o = moe.router.options
+            factor = o.capacity_factor or 1.0  # dropless: every choice is served
             if moe.router.chooses != "experts":
                 factor = min(1.0, factor)  # more slots are not more choices
             serving = factor * o.top_k / moe.router.num_experts  # share of the experts
-            if hasattr(o, "slots"):  # Soft, by its work: E * slots calls for T tokens are
-                serving = o.slots / tokens  # slots / T of the experts for each
+            if hasattr(o, "slots"):  # Soft: E * slots calls for T tokens
+                serving = o.slots / tokens
             idle += (1 - min(1, serving)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
 
@@ -564,7 +564,8 @@ def row(of_runs):
     """
     texts = {}
     for name in of_runs[0]:
-        values, parts = [found[name] for found in of_runs], []
+        parts = []
+        values = [found[name] for found in of_runs]  # [runs] or [runs, blocks]
         for mean in np.atleast_1d(np.mean(values, 0)):  # one, or one for each block
             whole = mean % 1 == 0 or mean > 1000
             parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
@@ -670,8 +671,8 @@ EXAMINED = 2**21  # about so many weights are shuffled, which takes seconds
 def examine(settings, data, model):
     """All N tokens of a split: {block: weights [N, E]}, {name: (label [N], owner [N], names)}.
 
-    A token's owner is the patch, image, document or whole-routed sequence whose tokens share a
-    label or a routing, so that chance must shuffle it whole.
+    owner: the patch, image, document or sequence that a token belongs to. Its tokens share a label
+    or a routing, so the draws by chance shuffle owners, not tokens.
     """
     model.eval()
     weights, labels, names_of, start = {}, {}, {}, 0
@@ -710,7 +711,7 @@ def specialization(settings, data, model):
         counts = share.new_zeros(len(names), share.shape[1]).index_add(0, label, share)
         contingency.setdefault(block, {})[name] = counts, names
         if len(label) and owner[0] >= 0:  # owner -1: counts but no NMI, as of token ids
-            # Of much data every n-th token: n is odd, so as to meet all places of an 8 x 8 image.
+            # Of much data every n-th token; n is odd, so that it skips no place in an image.
             n = 2 * (weight.numel() // EXAMINED) + 1
             value, null = nmi_and_null(weight[::n], label[::n], owner[::n])
             found = {"block": block, "experts know of": name, "NMI": value}
@@ -820,9 +821,7 @@ def heat_map(heading, counts, names):
     for name, values in zip(names, share.tolist()):
         page += f"<tr><th>{escape(str(name))}"
         for value in values:
-            ink = "#fff" if value > 0.5 else "#000"
-            style = f"background:rgba(8,48,107,{value:.2f});color:{ink}"
-            page += f'<td style="{style}">{100 * value:.0f}'
+            page += f'<td style="background:rgba(90,150,230,{value:.2f})">{100 * value:.0f}'
     return f"<table class=map>{page}</table>"
 
 
@@ -939,7 +938,7 @@ def signals():
     caught = []
     with ExitStack() as after:
         for number in signal.SIGINT, signal.SIGTERM:
-            before = signal.signal(number, lambda number, frame: caught.append(number))
+            before = signal.signal(number, lambda got, frame: caught.append(got))
             after.callback(signal.signal, number, before)
         yield caught
 
@@ -1002,7 +1001,7 @@ def bench(overrides):
         moe = MoE(router, Experts(b.experts, b.dim, b.hidden)).to(x.device)
         routing = moe(x)[1]
         slots = routing.dispatch(x).detach().flatten(0, 2)  # [G * E * C, D]
-        if routing.filled:  # dropless runs so many alone; any as many take the FFN as long
+        if routing.filled:  # dropless: filled slots alone; which ones changes no time
             slots = slots[: sum(routing.filled)]
         ms = milliseconds(b, lambda z: moe(z)[0], x)
         rows.append({"router": name, "ms": ms, "time / dense": ms / milliseconds(b, dense, slots)})
@@ -1060,13 +1059,12 @@ def command(words):
     status = 0
     for folder in tqdm(runs, "grid", disable=not several or processes()[0] > 0):
         try:
-            ended = run(runs[folder], folder)
+            interrupted = run(runs[folder], folder)
         except FloatingPointError as error:
             print(f"train.py: {folder} diverged {error}", file=sys.stderr)
-            ended = 1
-        if ended > 1:  # interrupted; after a divergence, 1, the grid goes on
-            return ended
-        status = max(status, ended)
+            interrupted, status = 0, 1  # and the grid goes on
+        if interrupted:
+            return interrupted
     if several and processes()[0] == 0:
         with mistakes():
             results({"table": out})
@@ -1123,7 +1121,7 @@ def combinations(lists):
     """
     all_routers, found, left_out = "all" in lists.get("router", ()), [], {}
     if all_routers:
-        widths = {"dense_match": ["active", "total"]}  # of dense, unless the user chose
+        widths = {"dense_match": ["active", "total"]}  # of dense; lacking() drops it elsewhere
         lists = widths | lists | {"router": list(ROUTER_KINDS)}
     unused = set(lists)  # settings that no combination has
     for values in itertools.product(*lists.values()):
