@@ -277,7 +277,8 @@ def lacking(overrides):
     known = defaults_of(overrides)
     chosen = known | overrides
     kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
-    lacks.add("router_lr" if kind is DENSE else "dense_match")  # all have a default
+    # Both have a default for all, but dense has no router_lr, and a router no dense_match.
+    lacks.add("router_lr" if kind is DENSE else "dense_match")
     by_balance = set(BALANCE[chosen["balance"]])  # losses and options: the router needs them all
     if not by_balance <= {*kind.aux_losses, *kind.defaults}:
         lacks.add("balance")
@@ -336,18 +337,18 @@ def dense_ffn(dim, width):
 
 def make_optimizer(settings, model):
     """AdamW. No decay on norms, biases and positions, nor on routers: that would flatten gates."""
-    weights = {"params": [], "weight_decay": WEIGHT_DECAY, "factor": 1.0}
-    bare = {"params": [], "weight_decay": 0.0, "factor": 1.0}
-    gates = {"params": [], "weight_decay": 0.0, "factor": settings.router_lr}
+    matrices = {"params": [], "weight_decay": WEIGHT_DECAY, "factor": 1.0}
+    vectors = {"params": [], "weight_decay": 0.0, "factor": 1.0}
+    routers = {"params": [], "weight_decay": 0.0, "factor": settings.router_lr}
     for name, parameter in model.named_parameters():
-        group = weights
+        group = matrices
         if ".router." in name:
-            group = gates
+            group = routers
         elif parameter.ndim < 2 or parameter.shape[-2] == 1 or name == "position":
-            group = bare  # an expert's biases have the shape [E, 1, n]
+            group = vectors  # an expert's biases have the shape [E, 1, n]
         if parameter.requires_grad:
             group["params"].append(parameter)
-    return torch.optim.AdamW([weights, bare, gates], settings.lr, (0.9, 0.95), fused=True)
+    return torch.optim.AdamW([matrices, vectors, routers], settings.lr, (0.9, 0.95), fused=True)
 
 
 def train_step(settings, data, model, optimizer, step, batch):
