@@ -52,7 +52,7 @@ with suppress(ImportError):  # Windows lacks it
 import moe_tokens
 import moe_vision
 from moe_tokens import color
-from moe_vision import seeded
+from moe_vision import seeded  # seeded(*key): a torch.Generator fixed by that key
 from routers import CHOICES, ROUTERS, Experts, MoE, Router, build_router
 
 # A task is a module: SETTINGS, SIZES, resolve() and load_data(). That gives the data, whose methods
@@ -176,9 +176,9 @@ def run(overrides, folder):
     print(f"{settings.task}, router {settings.title}, {data.description}; {device.type}")
 
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
-    batch, stop = data.batch(step, part_of_batch(settings)), False
-    hidden = processes()[0] > 0  # one process draws the bar
-    bar = tqdm(total=settings.steps, initial=step, desc=settings.title, disable=hidden)
+    batch = data.batch(step, part_of_batch(settings))
+    stop = False
+    bar = tqdm(total=settings.steps, initial=step, desc=settings.title, disable=not record.writes)
     with signals() as caught, bar:
         while step < settings.steps and not stop:
             stepped = train_step(settings, data, wrapped, optimizer, step, batch)
@@ -197,7 +197,9 @@ def run(overrides, folder):
                 record.save(step, model, optimizer)
     if stop:
         print(f"interrupted after {step} of {settings.steps} steps; --resume {folder} goes on")
-        return 128 + max(caught, default=signal.SIGTERM)  # perhaps another process caught it
+        return 128 + max(
+            caught, default=signal.SIGTERM
+        )  # as shells do; another process may have caught it
 
     if processes()[0] == 0:
         summary, contingency = conclude(settings, data, model, record.seconds)
@@ -240,11 +242,11 @@ def resolve(overrides):
             router = make_router(s)
     elif s.dense_match == "active":
         s.width = s.hidden * (s.top_k + s.shared)
-        del s.experts  # without effect: runs that differ there alone are one run, see code_of()
+        del s.experts  # no effect here, so code_of() must not see it; so with top_k below
     else:
         s.width = s.hidden * (s.experts + s.shared)
         del s.top_k
-    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or ""; also fills in s
+    s.label = TASKS[s.task].resolve(s, router, overrides)  # "leaky" or ""; sets s.moe_blocks, ...
     s.title = f"{s.router} ({s.label})" if s.label else s.router
     if s.moe_blocks[0] < 0 or s.moe_blocks[-1] >= s.depth:
         raise ValueError(f"--moe-blocks must be from 0 to {s.depth - 1}, got {s.moe_blocks}")
@@ -277,7 +279,7 @@ def lacking(overrides):
     known = defaults_of(overrides)
     chosen = known | overrides
     kind, lacks = ROUTER_KINDS[chosen["router"]], set(overrides) - set(known)
-    # Both have a default for all, but dense has no router_lr, and a router no dense_match.
+    # Both are in SETTINGS, so all know them; yet dense has no router, and a router no dense width.
     lacks.add("router_lr" if kind is DENSE else "dense_match")
     by_balance = set(BALANCE[chosen["balance"]])  # losses and options: the router needs them all
     if not by_balance <= {*kind.aux_losses, *kind.defaults}:
@@ -354,9 +356,8 @@ def make_optimizer(settings, model):
 def train_step(settings, data, model, optimizer, step, batch):
     """One optimizer step: forward, backward, clip, step, update of the routers.
 
-    batch is this process's part. data.loss() gives the mean loss, {name: sum}, {block: routing}.
-    Returns the sums for data.metrics(), the routers' losses summed over blocks and grad_norm, the
-    routings, and the next step's batch.
+    batch is this process's part. Returns the sums for data.metrics(), the routers' losses summed
+    over blocks and grad_norm, the routings by block, and the next step's batch.
     FloatingPointError, before a weight moves, for a loss or gradient that is not finite.
     """
     model.train()
@@ -364,7 +365,7 @@ def train_step(settings, data, model, optimizer, step, batch):
         group["lr"] = learning_rate(settings, step) * group["factor"]
     torch.manual_seed(seeded(settings.seed, step, "noise").initial_seed())
     with precision(settings, data.device):
-        loss, counts, routings = data.loss(model, batch)
+        loss, counts, routings = data.loss(model, batch)  # mean, {name: sum}, {block: Routing}
         distinct = list(dict.fromkeys(routings.values()))  # by --scope global all blocks share one
         objective, losses = loss, {}
         for routing in distinct:
@@ -382,7 +383,7 @@ def train_step(settings, data, model, optimizer, step, batch):
         raise FloatingPointError(f"at step {step + 1}: {found}")
     optimizer.step()
     optimizer.zero_grad()
-    for i, routing in enumerate(distinct):
+    for i, routing in enumerate(distinct):  # for the next step
         routing.router.update([routing], seeded(settings.seed, step + 1, "router", i))
     return SimpleNamespace(sums=sums, losses=losses, routings=routings, next_batch=next_batch)
 
@@ -410,7 +411,7 @@ def to_floats(values):
 
 
 def block_sums(routings):
-    """From Routings {block: [E + 3]}, sums to be added over parts, batches and processes.
+    """{block: Routing} -> {block: [E + 3]}, to be added over batches and processes.
 
     How many tokens want each expert; then all tokens, dropped tokens, summed entropies.
     """
@@ -503,12 +504,12 @@ def evaluate(settings, data, model, split):
 
 @contextmanager
 def dropless(model):
-    """Inside, tokens that choose or pass a threshold get a seat. Yields: had any router a limit?"""
+    """Inside, no token that chooses is turned away. Yields True if one could be before."""
     before = {}  # {router: its capacity_factor}
     for router in model.modules():
         if isinstance(router, Router) and router.chooses in ("tokens", "threshold"):
             before[router] = router.options.capacity_factor
-            # A threshold needs a number. As C = T K cf / E, at most T, E is enough.
+            # A threshold needs a number: cf = E makes C the number of tokens.
             ample = None if router.chooses == "tokens" else float(router.num_experts)
             router.options.capacity_factor = ample
     yield any(before.values())
@@ -526,7 +527,7 @@ def idle_parameters(model, tokens):
             if moe.router.chooses != "experts":
                 factor = min(1.0, factor)  # more slots are not more choices
             serving = factor * o.top_k / moe.router.num_experts  # share of the experts
-            if hasattr(o, "slots"):  # Soft: E * slots calls for T tokens
+            if hasattr(o, "slots"):  # Soft: each token's share of E * slots mixes
                 serving = o.slots / tokens
             idle += (1 - min(1, serving)) * sum(p.numel() for p in moe.experts.parameters())
     return idle
@@ -542,8 +543,7 @@ def summary_text(summary, data, contingency):
 # ================================================================ Later: the table
 def cells(summary, data):
     """The row of one run: {column: number, or a list of one number for each block}."""
-    columns = data.columns(summary)
-    found = {name: value for name, value in columns.items() if value is not None}
+    found = {name: value for name, value in data.columns(summary).items() if value is not None}
     for block in summary[data.splits[-1]]["blocks"].values():
         found.setdefault("load max/mean", []).append(block["load_max"])
         found.setdefault("dropped %", []).append(100 * block["dropped"])
@@ -568,8 +568,8 @@ def row(of_runs):
         parts = []
         values = [found[name] for found in of_runs]  # [runs] or [runs, blocks]
         for mean in np.atleast_1d(np.mean(values, 0)):  # one, or one for each block
-            whole = mean % 1 == 0 or mean > 1000
-            parts.append(f"{mean:,.0f}" if whole else f"{mean:.4g}")
+            rounded = mean % 1 == 0 or mean > 1000
+            parts.append(f"{mean:,.0f}" if rounded else f"{mean:.4g}")
         texts[name] = ", ".join(parts)
         if np.ndim(values) == 1 and deviation(values):
             texts[name] += f" ± {deviation(values):,.3g}"
@@ -610,7 +610,7 @@ def results(overrides):
         chosen = {"router": group[0].settings["title"]}
         for name in varied:
             chosen[name] = to_text(group[0].settings.get(name, "-"))
-        texts = chosen | {"seeds": len(group), "to the best": ""}  # compare() fills it in
+        texts = chosen | {"seeds": len(group), "to the best": ""}  # compare() fills in the last
         texts |= row([done.cells for done in group])
         title, scores = " ".join(chosen.values()), [done.score for done in group]
         entries.append(SimpleNamespace(title=title, runs=group, texts=texts, scores=scores))
@@ -683,11 +683,11 @@ def examine(settings, data, model):
         B = len(batch["label"])
         for block, routing in routings.items():
             weight = routing.expert_weights.float().cpu()
-            # [B, T, E]; of a sequence routed whole [B, 1, E], which holds for all its T tokens.
+            # [B, T, E]; with --unit sequence [B, 1, E], repeated for the T tokens of each.
             weight = weight.reshape(B, -1, weight.shape[-1]).expand(-1, data.tokens, -1)
             weights.setdefault(block, []).append(weight.flatten(0, 1))
         for name, (label, owner, names) in data.labels(batch, start).items():
-            labels.setdefault(name, []).append(torch.stack([label, owner]).flatten(1))
+            labels.setdefault(name, []).append(torch.stack([label, owner]).flatten(1))  # [2, B * T]
             names_of[name] = names
         start += B
     weights = {block: torch.cat(parts) for block, parts in weights.items()}
@@ -699,7 +699,7 @@ def specialization(settings, data, model):
 
     Rows: of each block and label the normalized mutual information (NMI), and that by chance.
     Contingency: {block: {label: (counts [labels, E + 1], names)}}, how many of a label's tokens
-    expert e works on, a token of several split by weight; the last column: the dropped ones.
+    expert e serves, split by weight where several do; the last column: the dropped ones.
     """
     weights, labels = examine(settings, data, model)
     rows, contingency = [], {}
@@ -730,9 +730,9 @@ def nmi_and_null(weight, label, owner, draws=100):
     owners, index = owner.unique(return_inverse=True)
     routed = torch.zeros(len(owners), weight.shape[1], dtype=torch.float64)
     routed.index_add_(0, index, weight.double())
-    part = 1 / index.bincount()[index].double()[:, None]
+    part = 1 / index.bincount()[index].double()[:, None]  # [N, 1], of its owner's pool
     found, g = [], seeded("null")
-    whose = torch.arange(len(owners))  # whose pool an owner gets: first its own
+    whose = torch.arange(len(owners))  # whose pool an owner gets: first its own, then drawn
     for _ in range(1 + draws):
         counts = torch.zeros(int(label.max()) + 1, weight.shape[1], dtype=torch.float64)
         found.append(nmi(counts.index_add(0, label, part * routed[whose[index]])))
@@ -988,7 +988,7 @@ BENCH_SECONDS = 2.0  # in which a call is repeated
 def bench(overrides):
     """--bench: milliseconds of an MoE layer, forward and backward: of every router, or --router.
 
-    Also as a ratio to a dense FFN of the experts' FLOPs.
+    And over the time of a dense FFN on the filled slots: of the experts' FLOPs.
     """
     b = dict(router="all", dim=256, hidden=1024, experts=16, dtype="auto", device="auto")
     b = SimpleNamespace(**(b | overrides))
@@ -1122,7 +1122,7 @@ def combinations(lists):
     """
     all_routers, found, left_out = "all" in lists.get("router", ()), [], {}
     if all_routers:
-        widths = {"dense_match": ["active", "total"]}  # of dense; lacking() drops it elsewhere
+        widths = {"dense_match": ["active", "total"]}  # of dense; other routers' two runs are one
         lists = widths | lists | {"router": list(ROUTER_KINDS)}
     unused = set(lists)  # settings that no combination has
     for values in itertools.product(*lists.values()):
@@ -1165,7 +1165,7 @@ def parse(words):
     lists = vars(parser.parse_args(words))
     for name, value in lists.items():
         lists[name] = value if isinstance(value, list) else [value]  # a bool is no list
-    action = next((name for name in ACTIONS if lists.get(name, [None])[0]), None)
+    action = next((name for name in ACTIONS if any(lists.get(name, []))), None)
     for name, values in lists.items():
         if action and len(values) > 1:
             raise ValueError(f"{flag(name)} takes one value beside {flag(action)}")
