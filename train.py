@@ -197,9 +197,7 @@ def run(overrides, folder):
                 record.save(step, model, optimizer)
     if stop:
         print(f"interrupted after {step} of {settings.steps} steps; --resume {folder} goes on")
-        return 128 + max(
-            caught, default=signal.SIGTERM
-        )  # as shells do; another process may have caught it
+        return 128 + max(caught, default=signal.SIGTERM)  # none: another process caught it
 
     if processes()[0] == 0:
         summary, contingency = conclude(settings, data, model, record.seconds)
@@ -988,7 +986,7 @@ BENCH_SECONDS = 2.0  # in which a call is repeated
 def bench(overrides):
     """--bench: milliseconds of an MoE layer, forward and backward: of every router, or --router.
 
-    And over the time of a dense FFN on the filled slots: of the experts' FLOPs.
+    And over the time of a dense FFN on the same slots, which has the experts' FLOPs.
     """
     b = dict(router="all", dim=256, hidden=1024, experts=16, dtype="auto", device="auto")
     b = SimpleNamespace(**(b | overrides))
